@@ -1,0 +1,57 @@
+"""Errors that a user can act on: they are printed as a message with a fix, never as a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class LongspanError(Exception):
+    """A problem that the user can mend. `str(error)` is the whole message, fix included.
+
+    Args:
+        what: What went wrong and where, as one or more sentences.
+        fix: What to do about it; printed on its own line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(what + (f"\n  fix: {fix}" if fix else ""))
+
+
+class DataError(LongspanError):
+    """A source, tokenizer or corpus that cannot be read or is empty."""
+
+
+class CheckpointError(LongspanError):
+    """A checkpoint that cannot be written, found or read."""
+
+
+class RunError(LongspanError):
+    """A run directory, launch or training step that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One configuration error: the dotted path, the value found, what is expected, how to fix it."""
+
+    path: str
+    value: str
+    expected: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.path}: got {self.value}; expected {self.expected}"
+        return line + (f"\n    fix: {self.fix}" if self.fix else "")
+
+
+class RecipeError(LongspanError):
+    """Every problem of a recipe at once."""
+
+    def __init__(self, recipe: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__("\n  ".join([f"recipe {recipe} has {count}:", *map(str, self.problems)]))

@@ -1,0 +1,205 @@
+"""What is trained, on what, for how long and how it is watched. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..attention.settings import AttentionSettings, RopeSettings
+from ..parallel.settings import ParallelSettings
+from ..settings import Count, Length, Settings
+from .data.settings import DataSettings, Tokenizer
+
+
+class MoeSettings(Settings):
+    """A mixture of experts in place of every layer's MLP."""
+
+    experts: int = Field(ge=2)
+    """Experts per layer."""
+
+    top_k: int = Field(default=2, ge=1)
+    """Experts that each token visits."""
+
+    ffn_hidden: int = Field(ge=1)
+    """Hidden units of one expert."""
+
+    aux_loss: float = Field(default=0.01, ge=0)
+    """Weight of the load-balancing loss; 0 turns it off."""
+
+
+class ModelSettings(Settings):
+    """A decoder-only transformer: RMSNorm, SwiGLU, grouped-query attention, RoPE."""
+
+    hidden: int = Field(ge=1)
+    """Width of the residual stream."""
+
+    layers: int = Field(ge=1)
+
+    heads: int = Field(ge=1)
+    """Query heads."""
+
+    query_groups: int | None = Field(default=None, ge=1)
+    """Key-value heads; left out: as many as query heads."""
+
+    head_dim: int | None = Field(default=None, ge=2)
+    """Left out: hidden / heads."""
+
+    ffn_hidden: int = Field(ge=1)
+    """Hidden units of the MLP."""
+
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys, before RoPE."""
+
+    tied_embeddings: bool = True
+    """One matrix for the input embedding and the output layer."""
+
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    moe: MoeSettings | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.query_groups or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.hidden // self.heads
+
+
+class OptimizerSettings(Settings):
+    """AdamW, its learning-rate schedule and gradient clipping."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Decay from lr to min_lr. wsd: constant, then linear over the last `decay` of the stage."""
+
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the stage's steps over which the rate rises from 0."""
+
+    decay: float | None = Field(default=None, gt=0, le=1)
+    """Share of the stage's steps that decay; wsd only, which takes 0.2 when left out."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class StageSettings(Settings):
+    """One part of a run: its length, tokens, RoPE, learning rate, data and layout."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    length: Length = Field(ge=2)
+    """Tokens in a sequence."""
+
+    tokens: Count = Field(ge=1)
+    """Tokens to train on; rounded up to whole steps."""
+
+    batch_tokens: Length = Field(ge=1)
+    """Tokens per optimizer step, over all ranks."""
+
+    micro_batch: int = Field(default=1, ge=1)
+    """Sequences that one data-parallel rank computes at once."""
+
+    carry_optimizer: bool = True
+    """Keep the optimizer's moments of the stage before; false starts them at zero."""
+
+    rope: RopeSettings = RopeSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+
+
+class CheckpointSettings(Settings):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps between checkpoints; the end of a stage is always saved."""
+
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay on disk."""
+
+
+class EvaluationSettings(Settings):
+    """Evaluation on held-out documents."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: at the end of a stage only."""
+
+    sequences: int = Field(default=16, ge=1)
+    """Held-out sequences of the stage's length per evaluation (fewer if the data end)."""
+
+    visible: Length = Field(default=1024, ge=1)
+    """The proof of context compares full context with only the last `visible` tokens."""
+
+    documents: int = Field(default=64, ge=0)
+    """Held-out documents of at least the last stage's length in the proof; 0 turns it off."""
+
+
+class TrackingSettings(Settings):
+    """Where metrics go besides the terminal and events.jsonl."""
+
+    wandb: Literal["auto", "off", "offline", "online"] = "auto"
+    """auto: online when a key is configured, offline when WANDB_MODE=offline, otherwise off."""
+
+    project: str = "longspan"
+    """Weights & Biases project."""
+
+
+class RunSettings(Settings):
+    """Everything that decides what a run computes."""
+
+    seed: int = Field(default=1234, ge=0)
+    """Decides initial weights, the held-out order, the data order and dropout."""
+
+    ranks: int | None = Field(default=None, ge=1)
+    """Processes; left out: one per GPU, or on a CPU the fewest that the stages' layouts need."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of weights and activations; gradients, moments and loss are fp32 either way."""
+
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only each layer's input and compute the layer again in the backward."""
+
+    model: ModelSettings
+    tokenizer: Tokenizer
+    attention: AttentionSettings = AttentionSettings()
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_inherit(cls, raw: Any) -> Any:
+        """Top-level `defaults:` fill in what a stage leaves out, block by block."""
+        if not isinstance(raw, dict) or "defaults" not in raw:
+            return raw
+        rest = {key: value for key, value in raw.items() if key != "defaults"}
+        defaults, stages = raw["defaults"], raw.get("stages")
+        if not isinstance(defaults, dict) or not isinstance(stages, list):
+            return raw
+        rest["stages"] = [merge(defaults, s) if isinstance(s, dict) else s for s in stages]
+        return rest
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings merge key by key, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = merge(old, value) if both else value
+    return merged
