@@ -1,0 +1,1 @@
+"""Documents, tokens, packing and samples."""

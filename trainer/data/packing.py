@@ -1,0 +1,135 @@
+"""Puts whole documents into sequences of one length, in an order that depends on nothing else.
+
+A document is split only where none of the next ones fits: the best fit within a short look-ahead
+of the shuffled stream (after best-fit packing, Ding et al. 2024, arXiv 2404.10830), so that the
+order stays close to the shuffle and every token of an epoch appears exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+
+LOOK_AHEAD = 256
+"""Documents of the stream among which the best fit is sought."""
+
+
+class Piece(NamedTuple):
+    """Tokens [start, start + length) of a document."""
+
+    document: int
+    start: int
+    length: int
+
+
+class Packing:
+    """The training order: `packing[i]` is the i-th sequence, as the pieces that fill it.
+
+    A pure function of (seed, stage, i): neither the number of ranks nor `sequences` changes an
+    earlier sequence. Epochs follow one another without a gap. Sequences are computed when first
+    asked for, and all those before them with them.
+
+    Args:
+        lengths: Tokens of each document, at least 1.
+        sequence_length: Tokens of a sequence.
+        seed: The run's seed.
+        stage: The stage's name.
+        sequences: How many sequences the stage trains on.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, sequence_length: int, *, seed: int, stage: str, sequences: int
+    ) -> None:
+        assert len(lengths) > 0 and int(lengths.min()) > 0, "every document has a token"
+        self.sequence_length = sequence_length
+        self.sequences = sequences
+        orders = (epoch_order(len(lengths), seed, stage, epoch) for epoch in count())
+        self._fill = _fill(lengths, sequence_length, orders)
+        self._pieces = array("q")
+        self._ends = array("q", [0])
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        if not 0 <= index < self.sequences:
+            raise IndexError(f"sequence {index} of {self.sequences}")
+        while len(self._ends) <= index + 1:
+            for piece in next(self._fill):
+                self._pieces.extend(piece)
+            self._ends.append(len(self._pieces))
+        flat = self._pieces[self._ends[index] : self._ends[index + 1]]
+        return [Piece(*flat[at : at + 3]) for at in range(0, len(flat), 3)]
+
+
+def pack_once(lengths: np.ndarray, sequence_length: int) -> list[list[Piece]]:
+    """Each document once, from the first on; only the last sequence may fall short."""
+    return list(_fill(lengths, sequence_length, [np.arange(len(lengths))]))
+
+
+def epoch_order(documents: int, seed: int, stage: str, epoch: int) -> np.ndarray:
+    """A shuffle of the documents.
+
+    Raw Philox draws, sorted: unlike `Generator.permutation`, numpy promises them for ever.
+    """
+    key = hashlib.blake2b(f"{seed}/{stage}/{epoch}".encode(), digest_size=16).digest()
+    draws = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(documents)
+    return np.argsort(draws, kind="stable")
+
+
+def _fill(
+    lengths: np.ndarray, sequence_length: int, orders: Iterable[np.ndarray]
+) -> Iterator[list[Piece]]:
+    """Sequences of exactly `sequence_length` tokens; the last may be shorter if `orders` end."""
+    sequence: list[Piece] = []
+    gap = sequence_length
+    for order in orders:
+        ahead = _LookAhead(lengths[order].tolist())
+        for _ in range(len(order)):
+            rank, left = ahead.take(gap)
+            document, start = int(order[rank]), 0
+            while left >= gap:
+                sequence.append(Piece(document, start, gap))
+                yield sequence
+                start, left, sequence, gap = start + gap, left - gap, [], sequence_length
+            if left:
+                sequence.append(Piece(document, start, left))
+                gap -= left
+    if sequence:
+        yield sequence
+
+
+class _LookAhead:
+    """The next documents of one epoch that have not been taken.
+
+    Args:
+        sizes: Tokens of the epoch's documents, in stream order.
+    """
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+        self._taken = bytearray(len(sizes))
+        self._oldest = self._newest = 0
+        # Sorted by size and then from the newest to the oldest, so that the oldest of equals wins.
+        self._window: list[tuple[int, int]] = []
+
+    def take(self, gap: int) -> tuple[int, int]:
+        """The largest document that fits the gap, else the oldest: its rank in stream and size."""
+        sizes, window = self._sizes, self._window
+        while self._newest < len(sizes) and len(window) < LOOK_AHEAD:
+            insort(window, (sizes[self._newest], -self._newest))
+            self._newest += 1
+        at = bisect_right(window, (gap, 1)) - 1
+        if at < 0:
+            at = bisect_left(window, (sizes[self._oldest], -self._oldest))
+        size, newness = window.pop(at)
+        self._taken[-newness] = 1
+        while self._oldest < len(sizes) and self._taken[self._oldest]:
+            self._oldest += 1
+        return -newness, size
