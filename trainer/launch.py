@@ -1,0 +1,134 @@
+"""Train or resume a run on this machine: find its folder, start its ranks, say how it ended."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import RunError
+from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
+from .gang import Gang, say, usable_cores
+from .observe.summary import render_complete
+from .observe.tracking import check_tracking
+from .plan import model_ranks, run_ranks
+from .run_directory import RunDirectory, create_or_open
+from .settings import RunSettings
+from .torchrun import join_torchrun, under_torchrun
+
+# -P: a file of the user's folder must not stand in for a package of the same name.
+WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
+"""The command of one rank; the run directory is its argument."""
+
+_SHOWN_LINES = 12
+
+
+def train(run: RunSettings, name: str, run_dir: Path, command: Sequence[str] = WORKER) -> int:
+    """Train a recipe in `run_dir`, or go on with the run of the same recipe that is there.
+
+    Args:
+        run: The resolved settings; already checked.
+        name: The recipe's name.
+        run_dir: Made when it does not exist.
+        command: The command of one rank, without its argument.
+
+    Returns:
+        0 complete, 75 stopped and resumable, 2 user error, 1 crash, 130 stopped at once.
+
+    Raises:
+        RunError: Nothing could be started.
+    """
+    if under_torchrun():
+        return join_torchrun(run, name, run_dir)
+    local_ranks(run)
+    check_tracking(run.tracking)
+    directory = create_or_open(run_dir, run, name)
+    return _go_on(directory, run, command)
+
+
+def resume(run_dir: Path, command: Sequence[str] = WORKER) -> int:
+    """Go on with the run in `run_dir` from its newest checkpoint.
+
+    Args:
+        run_dir: The folder of a run.
+        command: The command of one rank, without its argument.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        RunError: There is no run, or nothing could be started.
+    """
+    directory = RunDirectory(run_dir)
+    run = directory.load_settings()
+    name = directory.read_environment().get("recipe", directory.path.name)
+    return train(run, name, directory.path, command)
+
+
+def local_ranks(run: RunSettings) -> int:
+    """The processes to start on this machine; warns when a CPU has fewer cores than that.
+
+    Raises:
+        RunError: There are fewer GPUs than ranks.
+    """
+    # Looking for GPUs is for those who launch; importing this module stays cheap.
+    from .devices import gpu_count
+
+    gpus = gpu_count()
+    ranks = run_ranks(run, gpus)
+    if 0 < gpus < ranks:
+        raise RunError(
+            f"the recipe wants {ranks} ranks and this machine has {gpus} GPUs",
+            f"set ranks: {gpus} and lower the stages' parallel degrees "
+            f"(each needs {math.lcm(*map(model_ranks, run.stages))} ranks or a multiple), "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    if not gpus and ranks > (cores := usable_cores()):
+        say(f"warning: {ranks} ranks share {cores} CPU cores; it works, slowly")
+    return ranks
+
+
+def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) -> int:
+    if (summary := directory.read_summary()) is not None:
+        print(render_complete(str(directory), summary), flush=True)
+        return COMPLETE
+    with directory.lock():
+        step = directory.newest_checkpoint_step()
+        if step is not None:
+            print(f"{directory}: going on from the checkpoint at step {step}", flush=True)
+        elif directory.events.exists():
+            print(f"{directory}: no checkpoint yet, starting from the beginning", flush=True)
+        for retry in (False, True):
+            clear_failures(directory.path)
+            gang = Gang(directory, local_ranks(run), command)
+            code = gang.run()
+            failure = gang.failure()
+            if code != CRASHED or retry or not _is_port_clash(failure):
+                break
+        _report(directory, code, failure)
+    return code
+
+
+def _is_port_clash(failure: Failure | None) -> bool:
+    """Whether another process took the port between our choice and rank 0's listening."""
+    text = "" if failure is None else f"{failure.message}\n{failure.traceback}".lower()
+    return "eaddrinuse" in text or "address already in use" in text
+
+
+def _report(directory: RunDirectory, code: int, failure: Failure | None) -> None:
+    """Say on stderr why the ranks ended, once, and how to go on."""
+    if code == COMPLETE:
+        return
+    if code in (CRASHED, USER_ERROR) and failure is not None:
+        say(f"\nerror: {failure.message}")
+        if failure.kind == "internal" and failure.traceback:
+            lines = failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
+            say("\n".join(f"  {line}" for line in lines))
+            say(f"  logs: {directory}/logs")
+    step = directory.newest_checkpoint_step()
+    if step is None:
+        say("no checkpoint was written; start again with:")
+    else:
+        say(f"the newest checkpoint is at step {step}; go on with:")
+    say(f"  longspan resume {directory}")

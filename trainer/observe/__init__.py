@@ -1,0 +1,1 @@
+"""Watching a run: events.jsonl, the terminal, Weights & Biases, the summary at the end."""

@@ -1,0 +1,82 @@
+"""The news of a run, and what everything that listens to it can hear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, in plain numbers (no tensors).
+
+    Attributes:
+        step: Steps of the run so far, this one included.
+        steps: Steps of the whole run.
+        stage: The stage's name.
+        stage_step: Steps of the stage so far, this one included.
+        stage_steps: Steps of the stage.
+        tokens: Tokens trained on so far in the run.
+        loss: Mean loss per token of this step's batch, in nats.
+        grad_norm: Global gradient norm before clipping.
+        lr: Learning rate of this step.
+        tokens_per_s: Tokens of this step over its time, all ranks together.
+        step_s: Seconds that the step took.
+    """
+
+    step: int
+    steps: int
+    stage: str
+    stage_step: int
+    stage_steps: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_s: float
+    step_s: float
+
+
+class Sink:
+    """Where news goes; every method does nothing here."""
+
+    def run_started(self, info: Mapping[str, Any]) -> None:
+        """The run or a further attempt begins.
+
+        `info["stages"]`, a list of `{"name", "steps", "tokens"}`, lets the time that is left
+        account for the length of the later stages.
+        """
+
+    def stage_started(self, name: str, index: int, info: Mapping[str, Any]) -> None:
+        """A stage begins or goes on; `index` counts from 0."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """An optimizer step is done."""
+
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """An evaluation is done; the plain numbers in `values` are shown and tracked."""
+
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint is complete."""
+
+    def message(self, text: str) -> None:
+        """Something to know."""
+
+    def warning(self, text: str) -> None:
+        """Something to act on, though the run goes on."""
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is complete; `summary` is what `render_summary` takes."""
+
+    def stopped(self, step: int, reason: str) -> None:
+        """The run ends before its time, after `step`."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The plain numbers among an evaluation's values."""
+    return {k: v for k, v in values.items() if isinstance(v, (int, float)) and v is not True}

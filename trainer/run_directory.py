@@ -1,0 +1,316 @@
+"""A run's folder: its recipe, environment, events, logs, checkpoints and evaluations."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from pydantic import ValidationError
+
+from .. import __version__
+from ..errors import RunError
+from .settings import RunSettings
+
+_FOLDERS = ("logs", "checkpoints", "evaluations")
+_LOCK = "run.lock"
+_TEMPORARY = ".writing"
+_PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "pyarrow", "wandb")
+# What a file system says that has no locks (some network mounts): the lock is advisory.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def settings_hash(run: RunSettings) -> str:
+    """Sixteen hex digits that two runs share exactly when all their settings agree."""
+    text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that readers see all of it or nothing, also after a power cut."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunDirectory:
+    """The files of one run. Nothing is read or written until a method is called.
+
+    Args:
+        path: The folder; made absolute, so that a later change of directory does not matter.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: complete, and what `longspan resume` runs."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and machine of the launch that created the run."""
+        return self.path / "environment.json"
+
+    @property
+    def events(self) -> Path:
+        """JSON lines, one per step, evaluation, checkpoint, start and end."""
+        return self.path / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Output and failures of the ranks."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder `step-N` per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON file per evaluation."""
+        return self.path / "evaluations"
+
+    @property
+    def complete(self) -> Path:
+        """The summary of a finished run; its presence is the mark."""
+        return self.path / "complete.json"
+
+    def __str__(self) -> str:
+        """The path as a user would type it: relative where that is shorter."""
+        try:
+            return str(self.path.relative_to(Path.cwd()))
+        except (ValueError, FileNotFoundError):
+            return str(self.path)
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run."""
+        return self.recipe.is_file()
+
+    def load_settings(self) -> RunSettings:
+        """The settings that the run was created with.
+
+        Raises:
+            RunError: The folder holds no run, or a recipe that this version cannot read.
+        """
+        try:
+            return RunSettings.model_validate(yaml.safe_load(self.recipe.read_text("utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            fix = "give the run directory that `longspan train` printed, such as ./runs/quickstart"
+            what = (
+                "holds no run: recipe.yaml is missing" if self.path.exists() else "does not exist"
+            )
+            raise RunError(f"{self} {what}", fix) from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            made = self.read_environment().get("longspan", "unknown")
+            raise RunError(
+                f"{self.recipe} cannot be read: {error}",
+                f"it was written by longspan {made}, this is {__version__}: "
+                "go on with that version, or start in another --run-dir",
+            ) from None
+
+    def read_environment(self) -> dict[str, Any]:
+        """environment.json; empty when it is missing or torn."""
+        return _read_object(self.environment) or {}
+
+    def working_directory(self) -> Path:
+        """Where the run was created, which its relative data paths refer to, if still there."""
+        recorded = self.read_environment().get("working_directory")
+        return Path(recorded) if recorded and Path(recorded).is_dir() else Path.cwd()
+
+    def is_complete(self) -> bool:
+        """Whether the run was trained to its end."""
+        return self.read_summary() is not None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What `mark_complete` was given; None before that."""
+        return _read_object(self.complete)
+
+    def mark_complete(self, summary: Mapping[str, Any]) -> None:
+        """Record that the run was trained to its end; call on rank 0 only."""
+        write_atomically(self.complete, json.dumps(summary, indent=2) + "\n")
+
+    def newest_checkpoint_step(self) -> int | None:
+        """The step of the newest complete checkpoint, for messages only."""
+        marks = self.checkpoints.glob("step-*/COMMITTED")
+        steps = [name for mark in marks if (name := mark.parent.name[5:]).isdigit()]
+        return max(map(int, steps), default=None)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other launches off this folder until the block ends or this process dies.
+
+        Raises:
+            RunError: Another live process holds it.
+        """
+        with _open_lock(self) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise self._in_use(file) from None
+            file.seek(0)
+            file.truncate()
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+            file.write(json.dumps(owner) + "\n")
+            file.flush()
+            yield
+
+    def _in_use(self, file: IO[str]) -> RunError:
+        try:
+            file.seek(0)
+            owner = json.loads(file.read())
+            who = f"process {owner['pid']} on {owner['host']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        return RunError(
+            f"{self} is in use by {who}",
+            "wait for it or stop it (Ctrl-C there saves first), or give another --run-dir",
+        )
+
+
+def create_or_open(path: Path, run: RunSettings, name: str) -> RunDirectory:
+    """The run's folder: made when it is new or empty, opened when it holds the same recipe.
+
+    Args:
+        path: The folder.
+        run: The resolved settings.
+        name: The recipe's name, for people.
+
+    Raises:
+        RunError: The folder belongs to another recipe, holds something else, is being created
+            by another process, or cannot be written. Nothing in it was changed.
+    """
+    directory = RunDirectory(path)
+    try:
+        if not directory.is_run():
+            _refuse_foreign(directory)
+            directory.path.mkdir(parents=True, exist_ok=True)
+            with directory.lock():
+                if not directory.is_run():
+                    _write_recipe(directory, run, name)
+        check_same_recipe(directory, run)
+        for folder in _FOLDERS:
+            (directory.path / folder).mkdir(exist_ok=True)
+    except OSError as error:
+        fix = "free some space there" if error.errno == errno.ENOSPC else "mend it"
+        raise RunError(
+            f"{directory} cannot be written: {error.strerror or error}",
+            f"{fix}, or give another --run-dir",
+        ) from error
+    return directory
+
+
+def check_same_recipe(directory: RunDirectory, run: RunSettings) -> None:
+    """Compare a run's recorded settings with those that are asked for.
+
+    Raises:
+        RunError: They differ; the message names each setting, its old and its new value.
+    """
+    recorded = directory.load_settings()
+    if settings_hash(recorded) == settings_hash(run):
+        return
+    changes = list(_changes("", recorded.model_dump(mode="json"), run.model_dump(mode="json")))
+    shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
+    lines = "\n  ".join(["holds a run of another recipe (there -> asked for):", *shown])
+    raise RunError(
+        f"{directory} {lines}",
+        "give another --run-dir, or delete that folder if the run is not wanted; "
+        f"`longspan resume {directory}` goes on with it as it is",
+    )
+
+
+def describe_environment(name: str) -> dict[str, Any]:
+    """Versions and machine; no environment variables, so no secrets."""
+    packages = {}
+    for package in _PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    return {
+        "recipe": name,
+        "longspan": __version__,
+        "python": sys.version.split()[0],
+        "packages": packages,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "working_directory": str(Path.cwd()),
+        "created": time.time(),
+    }
+
+
+def _write_recipe(directory: RunDirectory, run: RunSettings, name: str) -> None:
+    # recipe.yaml makes the folder a run, so it is written last.
+    environment = describe_environment(name)
+    write_atomically(directory.environment, json.dumps(environment, indent=2) + "\n")
+    header = f"# The resolved recipe of this run: {name}, longspan {__version__}.\n"
+    body = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_atomically(directory.recipe, header + body)
+
+
+def _refuse_foreign(directory: RunDirectory) -> None:
+    path = directory.path
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{directory} is a file, not a folder", "give another --run-dir")
+    # What a launch leaves that was killed while it created the folder.
+    ours = {_LOCK, directory.environment.name}
+    entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    strange = [name for name in entries if name not in ours and not name.endswith(_TEMPORARY)]
+    if strange:
+        shown = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        raise RunError(
+            f"{directory} is not empty and holds no run (it has {shown})",
+            "give another --run-dir",
+        )
+
+
+def _open_lock(directory: RunDirectory) -> IO[str]:
+    try:
+        return (directory.path / _LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        fix = "check the folder's owner and permissions, or give another --run-dir"
+        raise RunError(f"{directory} cannot be locked: {error.strerror or error}", fix) from error
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
+    """The leaves that differ, as `stages.0.length: 1024 -> 4096`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _changes(f"{path}.{key}", old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _changes(f"{path}.{index}", before, after)
+    elif old != new:
+        yield f"{path[1:]}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
