@@ -1,0 +1,1 @@
+"""How attention over given keys is computed on one device."""

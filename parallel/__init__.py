@@ -1,0 +1,1 @@
+"""Where tokens live, and how keys and values reach queries."""

@@ -1,0 +1,103 @@
+"""Reach: which keys each query may see, as one interval of key positions per query.
+
+Shapes: T query rows, S local keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .pieces import RowGroup, plan_pieces
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """For each query row the half-open interval [first, last) of key positions that it sees.
+
+    The bounds live on the host: planning happens there, once per micro-batch, so that attention
+    on a device never waits for it. A row with first >= last sees nothing.
+
+    Attributes:
+        first_T: First visible key of each row, int64 [T] on the host.
+        last_T: One past the last visible key of each row, int64 [T] on the host.
+        cu_seqlens: Document boundaries that the reach was built from, or None if it was
+            restricted since, so that a kernel for packed documents may not assume them.
+        window: Tokens visible to a row, itself included; None for all earlier ones.
+    """
+
+    first_T: Tensor
+    last_T: Tensor
+    cu_seqlens: tuple[int, ...] | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for bound in (self.first_T, self.last_T):
+            assert bound.dtype == torch.int64 and bound.device.type == "cpu", bound
+            assert bound.shape == (len(self.first_T),), bound.shape
+
+    @classmethod
+    def documents(cls, cu_seqlens: Tensor | Sequence[int], window: int | None = None) -> Reach:
+        """Causal attention inside each packed document.
+
+        Args:
+            cu_seqlens: Boundaries of the documents, ascending from 0, on the host.
+            window: Visible tokens, the query's own included (at least 1); None for all.
+        """
+        cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
+        assert cu.device.type == "cpu" and int(cu[0]) == 0, cu
+        assert window is None or window >= 1, window
+        position_T = torch.arange(int(cu[-1]))
+        first_T = torch.repeat_interleave(cu[:-1], cu.diff())
+        if window is not None:
+            first_T = torch.maximum(first_T, position_T - (window - 1))
+        return cls(first_T, position_T + 1, tuple(cu.tolist()), window)
+
+    def rows(self, index_T: Tensor) -> Reach:
+        """The reach of the queries `index_T`, in that order."""
+        if len(index_T) == len(self) and bool((index_T == torch.arange(len(self))).all()):
+            return self
+        return Reach(self.first_T[index_T], self.last_T[index_T])
+
+    def keys(self, index_S: Tensor) -> Reach:
+        """The same queries over local keys only.
+
+        Args:
+            index_S: Positions of the local keys, strictly ascending, int64 [S] on the host.
+        """
+        if self.empty:
+            return self
+        size = len(index_S)
+        whole = size > 0 and int(index_S[0]) == 0 and int(index_S[-1]) == size - 1
+        if whole and int(self.last_T.max()) <= size:
+            return self
+        # Contiguous: searchsorted copies strided bounds and warns about it.
+        first_T = torch.searchsorted(index_S, self.first_T.contiguous())
+        return Reach(first_T, torch.searchsorted(index_S, self.last_T.contiguous()))
+
+    def __len__(self) -> int:
+        return len(self.first_T)
+
+    @cached_property
+    def empty(self) -> bool:
+        """Whether no row sees anything."""
+        return not bool((self.first_T < self.last_T).any())
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """The smallest range of rows that holds every row that sees something."""
+        seeing = (self.first_T < self.last_T).nonzero()[:, 0]
+        return (int(seeing[0]), int(seeing[-1]) + 1) if len(seeing) else (0, 0)
+
+    def area(self) -> int:
+        """Number of visible (query, key) pairs."""
+        return int((self.last_T - self.first_T).clamp(min=0).sum())
+
+    @cached_property
+    def pieces(self) -> tuple[RowGroup, ...]:
+        """Rectangles, causal squares and masked tiles that cover every visible pair once."""
+        return plan_pieces(self.first_T, self.last_T)
