@@ -1,0 +1,114 @@
+"""Ring: shards of keys and values go from rank to rank while the shard before is computed.
+
+Ring attention (Liu et al. 2023, arXiv 2310.01889) for any layout, with an explicit backward.
+Shapes: T local query rows (and keys of one shard), H query heads, G key-value heads, D key dim,
+V value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..kernels.attend import attend, attend_backward, merge
+from ..kernels.reach import Reach
+from .layout import Layout
+from .transport import Transport
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's keys as the local queries see them.
+
+    Attributes:
+        rows: The local rows to compute.
+        reach: Bounds of those rows, as the keys' numbers within the shard.
+    """
+
+    rows: slice
+    reach: Reach
+
+
+class Ring:
+    """The ring over one layout; see `exchange.Method`."""
+
+    def __init__(self, layout: Layout, transport: Transport) -> None:
+        self.transport = transport
+        self._index = [layout.index(rank) for rank in range(layout.ranks)]
+        self._plans: WeakKeyDictionary[Reach, list[Shard]] = WeakKeyDictionary()
+
+    def forward(
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse over all shards, merged in the accumulators' dtype."""
+        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        arrivals = self._arrivals(reach, k_TGD, v_TGV)
+        own, k, v = next(arrivals)
+        out_THV, lse_TH = attend(q_THD, k, v, own.reach, scale=scale, out_dtype=wide)
+        for shard, k, v in arrivals:
+            if len(shard.reach):
+                rows = shard.rows
+                part = attend(q_THD[rows], k, v, shard.reach, scale=scale, out_dtype=wide)
+                out_THV[rows], lse_TH[rows] = merge(out_THV[rows], lse_TH[rows], *part)
+        return out_THV.to(q_THD.dtype), lse_TH
+
+    def backward(
+        self,
+        dout_THV: Tensor,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        out_THV: Tensor,
+        lse_TH: Tensor,
+        reach: Reach,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients; the sums of dk and dv go round one step behind the shard they belong to."""
+
+        def gradients(shard: Shard, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dout, q, out, lse = (x[shard.rows] for x in (dout_THV, q_THD, out_THV, lse_TH))
+            return attend_backward(dout, q, k, v, out, lse, shard.reach, scale=scale)
+
+        arrivals = self._arrivals(reach, k_TGD, v_TGV)
+        dq_THD, dk, dv = gradients(*next(arrivals))
+        sums = self.transport.shift([dk, dv])
+        for shard, k, v in arrivals:
+            parts = None
+            if len(shard.reach):
+                parts = gradients(shard, k, v)
+                dq_THD[shard.rows] += parts[0]
+            dk, dv = sums.wait()
+            if parts is not None:
+                dk += parts[1]
+                dv += parts[2]
+            sums = self.transport.shift([dk, dv])
+        dk_TGD, dv_TGV = sums.wait()
+        return dq_THD, dk_TGD, dv_TGV
+
+    def _arrivals(
+        self, reach: Reach, k_TGD: Tensor, v_TGV: Tensor
+    ) -> Iterator[tuple[Shard, Tensor, Tensor]]:
+        """Each shard with its keys and values, the rank's own first; the next is on its way."""
+        shards = self._plan(reach)
+        for shard in shards[:-1]:
+            following = self.transport.shift([k_TGD, v_TGV])
+            yield shard, k_TGD, v_TGV
+            k_TGD, v_TGV = following.wait()
+        yield shards[-1], k_TGD, v_TGV
+
+    def _plan(self, reach: Reach) -> list[Shard]:
+        """The shards in the order in which they arrive, planned once per reach."""
+        shards = self._plans.get(reach)
+        if shards is None:
+            rank, size = self.transport.rank, self.transport.size
+            locals_ = [reach.keys(self._index[(rank - step) % size]) for step in range(size)]
+            shards = [Shard(slice(0, len(reach)), locals_[0])]
+            for local in locals_[1:]:
+                start, stop = local.span
+                shards.append(Shard(slice(start, stop), local.rows(torch.arange(start, stop))))
+            self._plans[reach] = shards
+        return shards

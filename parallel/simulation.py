@@ -1,0 +1,149 @@
+"""Simulated ranks: threads of one process, so that tests reach many ranks without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .transport import Handle
+
+Result = TypeVar("Result")
+# Sender, receiver, number of the call, number of the tensor in it.
+Address = tuple[int, int, int, int]
+
+
+class _Ended(Exception):
+    """Another rank failed; its exception is the one to raise."""
+
+
+@dataclass
+class _Room:
+    """The mail between the ranks, and how their run ends."""
+
+    size: int
+    mail: dict[Address, Tensor] = field(default_factory=dict)
+    waiting: dict[int, Address] = field(default_factory=dict)
+    running: int = 0
+    failure: BaseException | None = None
+    changed: Condition = field(default_factory=Condition)
+
+    def send(self, address: Address, tensor: Tensor) -> None:
+        with self.changed:
+            self.mail[address] = tensor.detach().clone()
+            self.changed.notify_all()
+
+    def receive(self, rank: int, address: Address) -> Tensor:
+        with self.changed:
+            self.waiting[rank] = address
+            self._find_deadlock()
+            self.changed.wait_for(lambda: self.failure is not None or address in self.mail)
+            del self.waiting[rank]
+            if self.failure is not None:
+                raise _Ended
+            return self.mail.pop(address)
+
+    def leave(self, failure: BaseException | None) -> None:
+        """A rank's body has returned or raised."""
+        with self.changed:
+            self.running -= 1
+            if failure is not None and not isinstance(failure, _Ended):
+                self.failure = self.failure or failure
+            self._find_deadlock()
+            self.changed.notify_all()
+
+    def _find_deadlock(self) -> None:
+        stuck = not any(address in self.mail for address in self.waiting.values())
+        if self.waiting and len(self.waiting) == self.running and stuck and self.failure is None:
+            self.failure = RuntimeError(f"ranks wait for mail never sent: {self.waiting}")
+            self.changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Shift:
+    transport: SimulatedTransport
+    call: int
+    sent: list[tuple[Tensor, int]]
+
+    def wait(self) -> list[Tensor]:
+        for tensor, version in self.sent:
+            assert tensor._version == version, "a tensor was written while it was being sent"
+        previous = (self.transport.rank - 1) % self.transport.size
+        return [self.transport._receive(previous, self.call, i) for i in range(len(self.sent))]
+
+
+@dataclass
+class SimulatedTransport:
+    """One simulated rank's end of the network; see `Transport`."""
+
+    rank: int
+    size: int
+    room: _Room
+    calls: int = 0
+
+    def shift(self, tensors: Sequence[Tensor]) -> Handle:
+        """See `Transport`."""
+        call = self._next_call()
+        for number, tensor in enumerate(tensors):
+            self.room.send((self.rank, (self.rank + 1) % self.size, call, number), tensor)
+        return _Shift(self, call, [(tensor, tensor._version) for tensor in tensors])
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """See `Transport`."""
+        call = self._next_call()
+        for rank in range(self.size):
+            self.room.send((self.rank, rank, call, 0), tensor)
+        return torch.stack([self._receive(rank, call, 0) for rank in range(self.size)])
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """See `Transport`."""
+        call = self._next_call()
+        for rank in range(self.size):
+            self.room.send((self.rank, rank, call, 0), tensor[rank])
+        return torch.stack([self._receive(rank, call, 0) for rank in range(self.size)]).sum(dim=0)
+
+    def _next_call(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def _receive(self, sender: int, call: int, number: int) -> Tensor:
+        return self.room.receive(self.rank, (sender, self.rank, call, number))
+
+
+def simulate(size: int, body: Callable[[SimulatedTransport], Result]) -> list[Result]:
+    """Runs `body` on every simulated rank and returns their results in rank order.
+
+    Args:
+        size: Ranks; each is a thread.
+        body: One rank's work, backward passes included.
+
+    Raises:
+        BaseException: What the first failing rank raised; it ends the others as well.
+        RuntimeError: Every rank waits for something that none has sent.
+    """
+    room = _Room(size, running=size)
+    results: dict[int, Result] = {}
+
+    def work(rank: int) -> None:
+        failure = None
+        try:
+            # Backward passes then run in this thread, which may wait, not in a shared one.
+            with torch.autograd.set_multithreading_enabled(False):
+                results[rank] = body(SimulatedTransport(rank, size, room))
+        except BaseException as error:
+            failure = error
+        finally:
+            room.leave(failure)
+
+    threads = [Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if room.failure is not None:
+        raise room.failure
+    return [results[rank] for rank in range(size)]
