@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    WithJsonSchema,
+    model_validator,
+)
 
 
 class Settings(BaseModel):
@@ -15,8 +22,20 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, raw: Any) -> Any:
+        """Python takes True for 1: as text it is refused where a number belongs."""
+        if not isinstance(raw, dict):
+            return raw
+        flags = {name for name, field in cls.model_fields.items() if field.annotation is bool}
+        return {
+            key: str(value).lower() if isinstance(value, bool) and key not in flags else value
+            for key, value in raw.items()
+        }
 
-_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e\+?[0-9]{1,3})?)\s*([A-Za-z]*)")
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SECONDS = {"": 1, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
@@ -30,8 +49,8 @@ def _scaled(value: Any, units: dict[str, int], example: str) -> Any:
     if match is None or match[2] not in units:
         names = ", ".join(unit for unit in units if unit)
         raise ValueError(f"a number with one of the units {names}, such as {example}")
-    amount = float(match[1]) * units[match[2]]
-    return int(amount) if amount == int(amount) else amount
+    amount = Fraction(match[1]) * units[match[2]]
+    return int(amount) if amount.denominator == 1 else float(amount)
 
 
 def parse_length(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Recipes: settings put together, checked, and shipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .settings import RunSettings, StageSettings
@@ -31,7 +32,7 @@ def model_ranks(stage: StageSettings) -> int:
 
 def run_ranks(run: RunSettings, gpus: int) -> int:
     """Processes of a run: as the recipe says, one per GPU, or the fewest that fit on a CPU."""
-    return run.ranks or gpus or max(map(model_ranks, run.stages))
+    return run.ranks or gpus or math.lcm(*map(model_ranks, run.stages))
 
 
 def plan_stage(stage: StageSettings, ranks: int) -> StagePlan:

@@ -196,10 +196,16 @@ class RunSettings(Settings):
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings merge key by key, anything else is replaced."""
+    """`above` over `below`: mappings merge key by key, anything else is replaced.
+
+    A mapping of another `kind` replaces: the settings of one kind mean nothing to another.
+    """
+    if "kind" in above and above["kind"] != below.get("kind", above["kind"]):
+        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = merge(old, value) if both else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = merge(old, value)
+        merged[key] = value
     return merged
