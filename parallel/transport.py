@@ -11,6 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+# PyTorch 2.13 renamed both, and warns about the older names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class Handle(Protocol):
     """A transfer under way."""
 
@@ -85,9 +90,10 @@ class DistributedTransport:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """See `Transport`."""
-        gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.group)
-        return gathered
+        flat = tensor.reshape(-1)
+        gathered = flat.new_empty(self.size * flat.numel())
+        _all_gather(gathered, flat, group=self.group)
+        return gathered.view(self.size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """See `Transport`."""
@@ -97,7 +103,7 @@ class DistributedTransport:
             dist.all_to_all_single(received, tensor, group=self.group)
             return received.sum(dim=0)
         reduced = torch.empty_like(tensor[0])
-        dist.reduce_scatter_tensor(reduced, tensor, group=self.group)
+        _reduce_scatter(reduced, tensor, group=self.group)
         return reduced
 
     def _peer(self, rank: int) -> int:
