@@ -195,6 +195,9 @@ def _tokenise(
             for batch in _batches(_split(data.sources, data.held_out, dropped)):
                 encoded = tokenizer.encode_batch([document.text for document, _ in batch])
                 for (_, split), ids in zip(batch, encoded, strict=True):
+                    if not len(ids):
+                        dropped["empty"] += 1
+                        continue
                     writers[split].add(np.append(ids, tokenizer.eod))
                     documents[split] += 1
                     tokens[split] += len(ids) + 1
@@ -206,8 +209,8 @@ def _tokenise(
             if not is_full(error):
                 raise
             written = tokens.total() * writers["train"].token_bytes
-            left = (reading.total - reading.done) / max(reading.done, 1)
-            raise disk_full(folder, round(written * left)) from error
+            missing = written * (reading.total - reading.done) // max(reading.done, 1)
+            raise disk_full(folder, missing if reading.done else None) from error
     return {
         "documents": documents["train"],
         "tokens": tokens["train"],

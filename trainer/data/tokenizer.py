@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 # End-of-text tokens of well-known families, for folders that do not name theirs.
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
+PART_CHARACTERS = 2**20
+"""Longer texts are encoded in parts: the tokenizers library takes over 100 bytes a character."""
+
+_BATCH_CHARACTERS = 2**21
+# Before the space between two letters, or between two lines that abut: byte-level and
+# SentencePiece pre-tokenizers alike always end a word there.
+_SEAM = re.compile(r"[^\W\d_](?= [^\W\d_])|\S\n(?=\S)")
+_SEAM_CHARACTERS = 2**16
 _FIX_END = f'name it in {_CONFIG}, such as {{"eos_token": "{END_OF_TEXT}"}}'
 
 
@@ -62,8 +71,15 @@ class TextTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64, in parallel over texts."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encoded]
+        parts = [(index, part) for index, text in enumerate(texts) for part in _parts(text)]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        for batch in _batches(parts):
+            encoded = self._tokenizer.encode_batch_fast(
+                [part for _, part in batch], add_special_tokens=False
+            )
+            for (index, _), encoding in zip(batch, encoded, strict=True):
+                found[index].append(np.array(encoding.ids, np.int64))
+        return [ids[0] if len(ids) == 1 else np.concatenate(ids) for ids in found]
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of some tokens, special ones included."""
@@ -126,10 +142,37 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> TextTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator((part for text in texts for part in _parts(text)), trainer)
     config = {"eos_token": END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {_MODEL: model.to_str().encode(), _CONFIG: json.dumps(config, indent=2).encode()}
     return TextTokenizer(files, "the tokenizer trained on this run's documents")
+
+
+def _parts(text: str) -> list[str]:
+    """The text in parts of at most `PART_CHARACTERS`, which encode as the whole would.
+
+    Only a text without any seam in the last `_SEAM_CHARACTERS` of a part is cut anywhere.
+    """
+    parts, start = [], 0
+    while len(text) - start > PART_CHARACTERS:
+        limit = start + PART_CHARACTERS
+        seams = _SEAM.finditer(text, max(start, limit - _SEAM_CHARACTERS), limit)
+        cut = max((seam.end() for seam in seams), default=limit)
+        parts.append(text[start:cut])
+        start = cut
+    return [*parts, text[start:]]
+
+
+def _batches(parts: Sequence[tuple[int, str]]) -> Iterator[Sequence[tuple[int, str]]]:
+    """The parts in runs of about `_BATCH_CHARACTERS`, which bounds the memory."""
+    start = characters = 0
+    for end, (_, part) in enumerate(parts, 1):
+        characters += len(part)
+        if characters >= _BATCH_CHARACTERS:
+            yield parts[start:end]
+            start, characters = end, 0
+    if start < len(parts):
+        yield parts[start:]
 
 
 def _named_end(content: bytes | None, origin: str) -> str | None:
