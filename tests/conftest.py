@@ -1,0 +1,28 @@
+"""Worlds of gloo ranks, started once per session and shared by all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Spawned ranks unpickle test functions by module name.
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from support.world import World  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    """`worlds(n)` is a World of n ranks."""
+    started: dict[int, World] = {}
+
+    def get(ranks: int) -> World:
+        if ranks not in started or not started[ranks].alive:
+            started[ranks] = World(ranks)
+        return started[ranks]
+
+    yield get
+    for world in started.values():
+        world.close()

@@ -1,0 +1,30 @@
+"""What the ranks of a test world do; called by name in every rank."""
+
+import math
+from typing import Any
+
+from support.tiny import SEQUENCES, VOCAB, random_sample
+
+from longspan.trainer.data.samples import join
+from longspan.trainer.engine.engine import Engine
+from longspan.trainer.settings import RunSettings
+
+
+def batches(engine: Engine, step: int, sequences: int = SEQUENCES) -> list[Any]:
+    """This data rank's micro-batches of a step."""
+    width, data = engine.stage.micro_batch, engine.groups.dp.size()
+    samples = [random_sample(1000 * step + number) for number in range(sequences)]
+    groups = [join(samples[i : i + width]) for i in range(0, sequences, width)]
+    return groups[engine.data_rank :: data]
+
+
+def take_step(engine: Engine, step: int, lr: float = 1e-2) -> tuple[float, float]:
+    """One step's mean loss and gradient norm."""
+    sums = engine.train_step(batches(engine, step), lr, False, ("test", step)).on_host()
+    return sums["loss"] / sums["tokens"], math.sqrt(sums["square_norm"])
+
+
+def train(run: RunSettings, steps: int = 4) -> list[tuple[float, float]]:
+    """Loss and gradient norm of the first steps from scratch."""
+    engine = Engine(run, run.stages[0], VOCAB)
+    return [take_step(engine, step) for step in range(steps)]

@@ -1,0 +1,79 @@
+"""Every parallel layout computes what one rank computes: losses and gradient norms of 4 steps."""
+
+import pytest
+from support.cases import train
+from support.tiny import tiny_run
+
+LAYOUTS = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "cp2_ring": (2, {"context": 2, "exchange": "ring"}),
+    "cp2_all_gather": (2, {"context": 2, "exchange": "all_gather"}),
+    "cp2_contiguous": (2, {"context": 2, "layout": "contiguous"}),
+    "pp2": (2, {"pipeline": 2}),
+    "dp2": (2, {}),
+    "cp2_tp2_sp": (4, {"context": 2, "tensor": 2, "sequence": True}),
+    "cp2_tp2": (4, {"context": 2, "tensor": 2}),
+}
+
+
+def relative(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+    """Largest relative difference over losses and norms."""
+    pairs = zip(sum(map(list, found), []), sum(map(list, expected), []), strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def one_rank(worlds):
+    return worlds(1).run(train, tiny_run())[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(worlds, one_rank, name):
+    ranks, parallel = LAYOUTS[name]
+    found = worlds(ranks).run(train, tiny_run(stage__parallel=parallel))
+    assert all(result == found[0] for result in found), "ranks disagree on the global sums"
+    assert relative(found[0], one_rank) < 1e-5
+
+
+MOE = {"experts": 4, "top_k": 2, "ffn_hidden": 24, "aux_loss": 0.01}
+MOE_LAYOUTS = {
+    "ep2": (2, {"expert": 2}),
+    "cp2_ep2": (2, {"expert": 2, "context": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2_sp_ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def moe_one_rank(worlds):
+    return worlds(1).run(train, tiny_run(model__moe=MOE))[0]
+
+
+@pytest.mark.parametrize("name", MOE_LAYOUTS)
+def test_moe_layout_equals_one_rank(worlds, moe_one_rank, name):
+    ranks, parallel = MOE_LAYOUTS[name]
+    found = worlds(ranks).run(train, tiny_run(stage__parallel=parallel, model__moe=MOE))
+    assert relative(found[0], moe_one_rank) < 1e-5
+
+
+VARIANTS = {
+    "untied": {"model__tied_embeddings": False},
+    "recompute": {"recompute": "full"},
+    "micro_batch": {"stage__micro_batch": 2},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_splits_too(worlds, name):
+    change = VARIANTS[name]
+    expected = worlds(1).run(train, tiny_run(**change))[0]
+    split = {"tensor": 2, "pipeline": 2}
+    found = worlds(4).run(train, tiny_run(stage__parallel=split, **change))
+    assert relative(found[0], expected) < 1e-5
+
+
+def test_recompute_and_micro_batches_change_nothing(worlds, one_rank):
+    for change in ({"recompute": "full"}, {"stage__micro_batch": 2}):
+        found = worlds(1).run(train, tiny_run(**change))[0]
+        assert relative(found, one_rank) < 1e-5

@@ -1,0 +1,76 @@
+"""Megatron's distributed checkpoints of an engine, resharded to any layout on load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from .engine import Engine
+from .hooks import mend_writer
+
+# Explicit, because megatron's default for this key cannot be loaded back by 0.16.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+_BYTES_PER_PARAMETER = 16  # fp32 weight, fp32 main weight, two moments
+
+
+def save_engine(engine: Engine, directory: Path) -> None:
+    """Write the weights and the optimizer's state to an empty directory, from all ranks.
+
+    Raises:
+        OSError: Or another error of megatron's, on the ranks that could not write.
+    """
+    mend_writer()
+    assert engine.optimizer is not None
+    state: dict[str, Any] = {"model": _model_state(engine)}
+    state["optimizer"] = engine.optimizer.megatron.sharded_state_dict(
+        state["model"], is_loading=False, metadata=_METADATA
+    )
+    dist_checkpointing.save(
+        state,
+        str(directory),
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        content_metadata=dict(_METADATA),
+    )
+
+
+def load_engine(engine: Engine, directory: Path, *, optimizer: bool) -> None:
+    """Read weights, and the optimizer's state if asked for, written under any layout.
+
+    For a weights-only load the optimizer must not be asked for its state: megatron would fill it
+    with uninitialised memory (trap S9).
+    """
+    assert engine.optimizer is not None
+    state: dict[str, Any] = {"model": _model_state(engine)}
+    if optimizer:
+        engine.optimizer.create_state()
+        state["optimizer"] = engine.optimizer.megatron.sharded_state_dict(
+            state["model"], is_loading=True, metadata=_METADATA
+        )
+    loaded = dist_checkpointing.load(state, str(directory))
+    engine.model.load_state_dict(loaded["model"])
+    if optimizer:
+        engine.optimizer.megatron.load_state_dict(loaded["optimizer"])
+        engine.optimizer.own_steps()
+        engine.optimizer.apply_settings()
+    else:
+        engine.optimizer.megatron.reload_model_params()
+
+
+def checkpoint_bytes(engine: Engine) -> int:
+    """About how much disk a checkpoint of the whole model takes."""
+    mine = torch.tensor(sum(p.numel() for p in engine.model.parameters()), dtype=torch.float64)
+    mine = mine.to(engine.device) / engine.groups.dp_cp.size()
+    torch.distributed.all_reduce(mine)
+    return int(mine.item()) * _BYTES_PER_PARAMETER
+
+
+def _model_state(engine: Engine) -> dict[str, Any]:
+    return engine.model.sharded_state_dict(metadata=_METADATA)

@@ -1,0 +1,163 @@
+"""One stage's model, optimizer and schedule on this rank: train a step, evaluate, count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ...parallel.exchange import make_exchange
+from ...parallel.layout import make_layout
+from ...parallel.transport import DistributedTransport
+from ..data.samples import Sample
+from ..parameters import count_parameters
+from ..platform import device
+from ..settings import RunSettings, StageSettings
+from .groups import build_groups, is_reporting_rank, seed_step
+from .microbatch import BatchBuilder, MicroBatch
+from .model import LongModel
+from .optimizer import Optimizer, StepSums
+
+
+class Engine:
+    """Builds megatron's groups, model, DDP and optimizer for one stage.
+
+    Args:
+        run: The run's settings.
+        stage: The stage's settings.
+        vocab: Vocabulary size of the tokenizer.
+        train: Whether an optimizer is wanted; without one the engine only evaluates.
+    """
+
+    def __init__(
+        self, run: RunSettings, stage: StageSettings, vocab: int, *, train: bool = True
+    ) -> None:
+        self.run, self.stage = run, stage
+        self.device = device()
+        self.groups = build_groups(stage.parallel)
+        seed_step(self.groups, run.seed, "start")
+        self.model = LongModel(run, stage, vocab, self.groups).to(self.device)
+        self.config = self.model.config
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.reporting = is_reporting_rank(self.groups)
+        self.tokens_per_batch = stage.length * stage.micro_batch
+        self._builders: dict[int, BatchBuilder] = {}
+        self.chunk: Any = self.model
+        self.optimizer: Optimizer | None = None
+        if train:
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=False,
+            )
+            self.chunk = DistributedDataParallel(self.config, ddp, self.model)
+            self.chunk.broadcast_params()
+            self.optimizer = Optimizer(stage.optimizer, self.chunk)
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among the data-parallel replicas."""
+        return self.groups.dp.rank()
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; vocabulary padding not counted."""
+        return count_parameters(self.run.model, self.model.real_vocab)
+
+    def builder(self, tokens: int) -> BatchBuilder:
+        """The builder of micro-batches of `tokens` tokens."""
+        if tokens not in self._builders:
+            parallel, group = self.stage.parallel, self.groups.cp
+            layout = make_layout(parallel.layout, tokens, parallel.context)
+            self._builders[tokens] = BatchBuilder(
+                layout,
+                group.rank(),
+                make_exchange(parallel.exchange, layout, DistributedTransport(group)),
+                self.stage.rope,
+                self.run.model.head_width,
+                self.device,
+            )
+        return self._builders[tokens]
+
+    def train_step(
+        self, samples: Sequence[Sample], lr: float, stop: bool, key: tuple[object, ...]
+    ) -> StepSums:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            samples: This data rank's micro-batches, joined to `tokens_per_batch` tokens each.
+            lr: Learning rate.
+            stop: Whether this rank was asked to stop; every rank learns of it.
+            key: What the step's random numbers are drawn from.
+        """
+        assert self.optimizer is not None
+        seed_step(self.groups, *key)
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        build = self.builder(self.tokens_per_batch)
+        reports = self._forward_backward(map(build, samples), len(samples), forward_only=False)
+        zero = torch.zeros((), device=self.device)
+        loss, tokens = zero, zero
+        if self.reporting:
+            loss = torch.stack([report[0] for report in reports]).sum()
+            tokens = torch.stack([report[1] for report in reports]).sum()
+        flag = torch.full((), float(stop), device=self.device)
+        return self.optimizer.step(lr, loss, tokens, flag)
+
+    @torch.no_grad()
+    def losses(self, sample: Sample, window: int | None = None) -> torch.Tensor | None:
+        """Losses [T] of a sample's tokens on this context rank, in its local order.
+
+        Returns None on ranks before the last pipeline rank. `window` limits what a token sees.
+        """
+        build = self.builder(int(sample.cu_seqlens[-1]))
+        self.chunk.eval()
+        reports = self._forward_backward(
+            iter([build(sample, window)]), 1, forward_only=True, tokens=build.layout.length
+        )
+        self.chunk.train()
+        return reports[0][2] if reports else None
+
+    def _forward_backward(
+        self,
+        batches: Iterator[MicroBatch],
+        count: int,
+        *,
+        forward_only: bool,
+        tokens: int | None = None,
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Run megatron's schedule; loss sum, weight sum and losses per micro-batch (last stage)."""
+        return get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=batches,
+            model=[self.chunk],
+            num_microbatches=count,
+            seq_length=tokens or self.tokens_per_batch,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Any, Any]:
+    batch = next(batches)
+    return chunk(batch), partial(_report, batch)
+
+
+def _report(
+    batch: MicroBatch, output: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The 3-tuple that megatron normalises by global tokens (a 2-tuple it scales by CP: trap S2).
+
+    megatron adds up token counts as int32.
+    """
+    loss, losses_T = output
+    tokens = batch.weights_T.sum()
+    return loss, tokens.to(torch.int32), (loss.detach(), tokens, losses_T)

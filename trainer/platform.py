@@ -1,0 +1,28 @@
+"""Device, backend and thread counts of this process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend for this machine."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def set_up(local_rank: int, local_ranks: int) -> None:
+    """Take this rank's GPU, or its share of the cores that the machine's ranks may use."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(int(wanted) if wanted else max(1, (cores or 1) // local_ranks))

@@ -1,0 +1,153 @@
+"""One stage: its steps, each reported while the next one runs, its checkpoints and evaluations."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..errors import RunError
+from .checkpoints import Cursor
+from .data.samples import Sample, TrainingSamples, join
+from .engine.engine import Engine
+from .engine.optimizer import StepSums
+from .engine.schedule import learning_rate
+from .observe.observer import Observer
+from .observe.sink import StepMetrics
+from .plan import StagePlan
+from .settings import RunSettings, StageSettings
+from .stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step that the device may still be working on."""
+
+    sums: StepSums
+    lr: float
+    begun: float
+    cursor: Cursor
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """How a stage was left: the loss of its last step, and whether it was asked to stop early."""
+
+    cursor: Cursor
+    loss: float
+    stopped: bool
+
+
+class StageLoop:
+    """Trains one stage.
+
+    Args:
+        run: The run's settings.
+        stage: This stage's.
+        plan: Its arithmetic.
+        steps: Steps of the whole run.
+        engine: Its model and optimizer.
+        samples: Its sequences.
+        observer: Told of every step.
+        stop: Set by a signal.
+        save: Called with the cursor where a checkpoint is due.
+        evaluate: Called with the cursor where an evaluation is due.
+    """
+
+    def __init__(
+        self,
+        run: RunSettings,
+        stage: StageSettings,
+        plan: StagePlan,
+        *,
+        steps: int,
+        engine: Engine,
+        samples: TrainingSamples,
+        observer: Observer,
+        stop: StopRequest,
+        save: Callable[[Cursor], None],
+        evaluate: Callable[[Cursor], object],
+    ) -> None:
+        self.run, self.stage, self.plan, self.steps = run, stage, plan, steps
+        self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
+        self.save, self.evaluate = save, evaluate
+        self._loss, self._stopping = math.nan, False
+
+    def train(self, cursor: Cursor) -> StageEnd:
+        """Train from `cursor` to the end of the stage, or until a stop is agreed and saved.
+
+        Every rank reads the same sums, so all of them stop after the same step.
+        """
+        pending: _Pending | None = None
+        while cursor.stage_step < self.plan.steps and not self._stopping:
+            begun = time.monotonic()
+            lr = learning_rate(self.stage.optimizer, cursor.stage_step, self.plan.steps)
+            key = (self.run.seed, self.stage.name, cursor.stage_step)
+            batches = self._micro_batches(cursor.next_sample)
+            sums = self.engine.train_step(batches, lr, self.stop.requested, key)
+            if pending is not None:
+                self._report(pending, begun)
+            cursor = self._after_step(cursor)
+            pending = _Pending(sums, lr, begun, cursor)
+            ended = cursor.stage_step == self.plan.steps
+            save = cursor.step % self.run.checkpoint.every == 0
+            every = self.run.evaluation.every
+            evaluate = every > 0 and cursor.step % every == 0
+            if ended or save or evaluate or self._stopping:
+                self._report(pending, time.monotonic())
+                pending = None
+            if evaluate and not ended:
+                self.evaluate(cursor)
+            if (save or self._stopping) and not ended:
+                self.save(cursor)
+        return StageEnd(cursor, self._loss, self._stopping)
+
+    def _micro_batches(self, first: int) -> list[Sample]:
+        """This data rank's micro-batches of the step whose sequences begin at `first`."""
+        width, data = self.stage.micro_batch, self.plan.data
+        starts = [
+            first + (number * data + self.engine.data_rank) * width
+            for number in range(self.plan.micro_batches)
+        ]
+        return [join([self.samples[start + i] for i in range(width)]) for start in starts]
+
+    def _after_step(self, cursor: Cursor) -> Cursor:
+        sequences = self.plan.sequences_per_step
+        return replace(
+            cursor,
+            step=cursor.step + 1,
+            stage_step=cursor.stage_step + 1,
+            next_sample=cursor.next_sample + sequences,
+            tokens=cursor.tokens + sequences * self.stage.length,
+        )
+
+    def _report(self, pending: _Pending, ended: float) -> None:
+        """Read a step's sums, which waits for the device, and tell the observer."""
+        sums, at = pending.sums.on_host(), pending.cursor
+        if sums["skipped"]:
+            raise RunError(
+                f"the loss or a gradient of step {at.step} (stage {self.stage.name}, step "
+                f"{at.stage_step}) is not finite; no rank applied it",
+                "lower the learning rate or look at that step's data, then start again: the "
+                "newest checkpoint is from before it",
+            )
+        self._loss = sums["loss"] / sums["tokens"]
+        self._stopping = self._stopping or sums["stop"] > 0
+        seconds = ended - pending.begun
+        tokens = self.plan.sequences_per_step * self.stage.length
+        self.observer.step(
+            StepMetrics(
+                step=at.step,
+                steps=self.steps,
+                stage=self.stage.name,
+                stage_step=at.stage_step,
+                stage_steps=self.plan.steps,
+                tokens=at.tokens,
+                loss=self._loss,
+                grad_norm=math.sqrt(sums["square_norm"]),
+                lr=pending.lr,
+                tokens_per_s=tokens / seconds,
+                step_s=seconds,
+            )
+        )

@@ -1,0 +1,51 @@
+"""One rank of a run: `python -m longspan.trainer.worker RUN_DIR`, started by the launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .failure import COMPLETE, STOPPED, die_with_parent, record_failure
+from .loop import Run
+from .observe.observer import open_observer
+from .platform import backend, set_up
+from .run_directory import RunDirectory
+from .stopping import StopRequest
+
+# The first step of another rank may wait for this one to tokenise the corpus.
+_TIMEOUT = timedelta(hours=2)
+
+
+def main(run_dir: Path) -> int:
+    """Work as the rank that the environment names.
+
+    Returns:
+        The exit code: 0 complete, 75 stopped and resumable, else a failure, which is recorded.
+    """
+    stop = StopRequest()
+    stop.listen()
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    try:
+        directory = RunDirectory(run_dir)
+        run = directory.load_settings()
+        set_up(local_rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+        dist.init_process_group(backend(), timeout=_TIMEOUT)
+        observer = open_observer(directory, run, rank)
+        try:
+            complete = Run(directory, run, observer, stop).train()
+        finally:
+            observer.close()
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception as error:
+        return record_failure(run_dir, rank, error)
+    return COMPLETE if complete else STOPPED
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main(Path(sys.argv[1])))
