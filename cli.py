@@ -1,0 +1,143 @@
+"""The command line: each verb calls one function below."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import __version__
+from .errors import LongspanError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="longspan",
+    help="Stretch a language model to a longer context: verified, resumable, one command.",
+    epilog="Start with: longspan train quickstart  (no GPU, no download, about 5 minutes)",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")
+]
+_SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change a setting: stages.0.tokens=2M."),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def train(
+    recipe: _RecipeArgument,
+    changes: _SetOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder.  [default: ./runs/<name of the recipe>]")
+    ] = None,
+) -> None:
+    """Train a recipe on this machine."""
+    from .recipes.check import check_recipe
+    from .recipes.loading import load_recipe
+    from .trainer.launch import train as train_run
+
+    loaded = load_recipe(recipe, changes or ())
+    checked = check_recipe(loaded)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in checked.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+    directory = run_dir or Path("runs") / loaded.name
+    raise typer.Exit(train_run(loaded.run(), loaded.name, directory))
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+) -> None:
+    """Go on with a run from its newest checkpoint."""
+    from .trainer.launch import resume as resume_run
+
+    raise typer.Exit(resume_run(run_dir))
+
+
+@app.command()
+def check(recipe: _RecipeArgument, changes: _SetOption = None) -> None:
+    """Show what a recipe will run, or what is wrong with it."""
+    from .recipes.check import check_recipe
+    from .recipes.loading import load_recipe
+    from .recipes.outline import outline
+
+    _print(outline(check_recipe(load_recipe(recipe, changes or ()))))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with longspan."""
+    from .recipes.loading import load_recipe, shipped_recipes
+
+    loaded = [load_recipe(name) for name in shipped_recipes()]
+    width = max(len(recipe.name) for recipe in loaded)
+    for recipe in loaded:
+        typer.echo(f"{recipe.name:<{width}}  {recipe.summary}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipe files, for editors."""
+    import json
+
+    from .recipes.schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine offers and what is missing."""
+    from .trainer.doctor import diagnose
+
+    _print(diagnose())
+
+
+def _print(what: RenderableType) -> None:
+    from rich.console import Console
+
+    # A pipe has no width, and what somebody wants to grep must not be folded.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(what)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with a message and its exit code."""
+    try:
+        app(prog_name="longspan")
+    except LongspanError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What a recipe will run, for people: its model, ranks, and a column per stage."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..trainer.data.settings import LocalTokenizer
+from ..trainer.parameters import count_parameters
+from ..trainer.plan import plan_stage
+from ..trainer.settings import OptimizerSettings, StageSettings
+from .check import CheckedRecipe, count
+
+_BINARY = ((2**30, "G"), (2**20, "M"), (2**10, "K"))
+_DECIMAL = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
+
+
+def outline(checked: CheckedRecipe) -> RenderableType:
+    """The run's stages, model, ranks and warnings."""
+    recipe = checked.recipe
+    title = Text(recipe.name, style="bold")
+    if recipe.summary:
+        title.append(f"  {recipe.summary}", style="not bold")
+    warnings = [Text(f"warning: {text}", style="yellow") for text in checked.warnings]
+    lines = [Text(line(checked)) for line in (_model, _tokenizer, _ranks)]
+    return Group(title, *lines, Text(), _stages(checked), *warnings)
+
+
+def exact(number: int) -> str:
+    """Tokens in a sequence or a batch: 65536 is 64K, 1000 stays 1,000."""
+    for size, unit in _BINARY:
+        if number % size == 0:
+            return f"{number // size:,}{unit}"
+    return f"{number:,}"
+
+
+def rough(number: float) -> str:
+    """A budget or a count in three digits: 1572864 is 1.57M."""
+    for size, unit in _DECIMAL:
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _model(checked: CheckedRecipe) -> str:
+    model = checked.recipe.model
+    experts = f", {model.moe.experts} experts (top {model.moe.top_k})" if model.moe else ""
+    return (
+        f"model: {rough(count_parameters(model, checked.vocab))} parameters, "
+        f"{model.layers} layers, hidden {model.hidden}, "
+        f"heads {model.heads} ({model.kv_heads} key-value){experts}"
+    )
+
+
+def _tokenizer(checked: CheckedRecipe) -> str:
+    if isinstance(checked.recipe.tokenizer, LocalTokenizer):
+        return f"tokenizer: {checked.recipe.tokenizer.path}, {checked.vocab:,} tokens"
+    return f"tokenizer: trained on the data, up to {checked.vocab:,} tokens"
+
+
+def _ranks(checked: CheckedRecipe) -> str:
+    machine, recompute = checked.machine, checked.recipe.recompute
+    where = count(machine.gpus, "GPU") if machine.gpus else count(machine.cores, "CPU core")
+    return (
+        f"ranks: {checked.ranks} on {where}, {checked.recipe.precision}"
+        f"{', full recompute' if recompute == 'full' else ''}"
+    )
+
+
+def _stages(checked: CheckedRecipe) -> Table:
+    """One column per stage."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    columns = [_column(stage, checked.ranks) for stage in checked.recipe.stages]
+    for heading in ("", *(stage.name for stage in checked.recipe.stages)):
+        table.add_column(heading, overflow="fold")
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _column(stage: StageSettings, ranks: int) -> dict[str, str]:
+    plan, parallel = plan_stage(stage, ranks), stage.parallel
+    tokens = stage.batch_tokens
+    exchanged = f"{parallel.exchange}, {parallel.layout}" if parallel.context > 1 else "-"
+    return {
+        "length": exact(stage.length),
+        "tokens": rough(plan.steps * tokens),
+        "steps": f"{plan.steps:,}",
+        "tokens per step": exact(tokens),
+        "sequences per step": f"{plan.sequences_per_step:,}",
+        "micro-batches": f"{plan.micro_batches:,} x {count(stage.micro_batch, 'sequence')}",
+        "RoPE base": f"{stage.rope.base:,g}",
+        "learning rate": _rate(stage.optimizer),
+        "layout": _layout(stage, plan.data),
+        "exchange": exchanged,
+    }
+
+
+def _rate(optimizer: OptimizerSettings) -> str:
+    if optimizer.schedule == "constant":
+        return f"{optimizer.lr:g} constant"
+    return f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.schedule}"
+
+
+def _layout(stage: StageSettings, data: int) -> str:
+    """Degrees above 1: `DP2 TP2 SP CP4`."""
+    parallel = stage.parallel
+    degrees = {
+        "DP": data,
+        "TP": parallel.tensor,
+        "PP": parallel.pipeline,
+        "CP": parallel.context,
+        "EP": parallel.expert,
+    }
+    words = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+    return " ".join([*words, *(["SP"] if parallel.sequence else [])]) or "one rank"
