@@ -1,0 +1,54 @@
+"""What each rank does in the tests of exchanges; spawned processes import it by name."""
+
+import torch
+from longspan.kernels.reach import Reach
+from longspan.parallel.exchange import make_exchange
+from longspan.parallel.layout import make_layout
+from longspan.parallel.transport import DistributedTransport
+
+SCALE = 0.4
+LENGTH = 96
+DOCUMENTS = [0, 1, 20, 50, 96]
+
+
+def whole_tensors(dtype=torch.float64, length=LENGTH):
+    """q, k, v and the output's gradient of the whole sequence; the value dim is smaller."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(length, 4, 6), (length, 2, 6), (length, 2, 4), (length, 4, 4)]
+    return [
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes
+    ]
+
+
+def attend_on_rank(transport, kind, layout, reach, tensors):
+    """This rank's rows of output, dq, dk and dv."""
+    index = layout.index(transport.rank if transport else 0)
+    q, k, v = (x[index].clone().requires_grad_() for x in tensors[:3])
+    exchange = make_exchange(kind, layout, transport)
+    out = exchange.attend(q, k, v, reach.rows(index), scale=SCALE)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3][index])
+
+
+def together(layout, results):
+    """The ranks' rows in global order."""
+    index = torch.cat([layout.index(rank) for rank in range(layout.ranks)])
+    return [torch.cat(parts)[index.argsort()] for parts in zip(*results, strict=True)]
+
+
+def gloo_attend(kind, layout_kind, window):
+    """One real rank of `attend_on_rank` in fp32."""
+    transport = DistributedTransport()
+    layout = make_layout(layout_kind, LENGTH, transport.size)
+    reach = Reach.documents(DOCUMENTS, window)
+    return attend_on_rank(transport, kind, layout, reach, whole_tensors(torch.float32))
+
+
+def gloo_transport(dtype):
+    """What one real rank receives of every kind of transfer, two shifts under way at once."""
+    transport = DistributedTransport()
+    number = torch.full((2, 3), float(transport.rank), dtype=dtype)
+    first, second = transport.shift([number, number + 10]), transport.shift([number + 20])
+    shifted = [x[0, 0].item() for x in (*first.wait(), *second.wait())]
+    gathered = transport.all_gather(number.T)[:, 0, 0].tolist()
+    rows = torch.arange(transport.size, dtype=dtype)[:, None].expand(-1, 4) + transport.rank
+    return shifted, gathered, transport.reduce_scatter(rows).tolist()

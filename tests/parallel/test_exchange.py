@@ -1,0 +1,166 @@
+import pytest
+import torch
+from longspan.kernels import reach as reach_module
+from longspan.kernels.reach import Reach
+from longspan.parallel.exchange import make_exchange
+from longspan.parallel.layout import make_layout
+from longspan.parallel.simulation import simulate
+from longspan.tests.parallel.ranks import (
+    DOCUMENTS,
+    LENGTH,
+    SCALE,
+    attend_on_rank,
+    gloo_attend,
+    together,
+    whole_tensors,
+)
+from reference.attention import naive_attend, naive_gradients
+
+KINDS = ["ring", "all_gather"]
+LAYOUTS = ["zigzag", "contiguous"]
+NAMES = ["out", "dq", "dk", "dv"]
+
+
+def on_ranks(ranks, kind, layout_kind, reach, tensors):
+    """Output, dq, dk, dv of the whole sequence, computed by `ranks` simulated ranks."""
+    layout = make_layout(layout_kind, len(reach), ranks)
+    results = simulate(ranks, lambda t: attend_on_rank(t, kind, layout, reach, tensors))
+    return together(layout, results)
+
+
+def naive(reach, tensors):
+    q, k, v, dout = tensors
+    bounds = (reach.first_T, reach.last_T, SCALE)
+    return naive_attend(q, k, v, *bounds)[0], *naive_gradients(dout, q, k, v, *bounds)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("cu", [DOCUMENTS, [0, LENGTH], [0, 13, LENGTH]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_any_number_of_ranks_is_exact_in_fp64(ranks, kind, layout, cu, window):
+    reach, tensors = Reach.documents(cu, window), whole_tensors()
+    got = on_ranks(ranks, kind, layout, reach, tensors)
+    for name, result, want in zip(NAMES, got, naive(reach, tensors), strict=True):
+        torch.testing.assert_close(result, want, atol=1e-10, rtol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_does_not_grow_with_ranks(kind, dtype, bound):
+    reach, tensors = Reach.documents([0, 100, 512]), whole_tensors(dtype, 512)
+    wants = naive(reach, tensors)
+    for ranks in (1, 2, 4, 8):
+        got = on_ranks(ranks, kind, "zigzag", reach, tensors)
+        for name, result, want in zip(NAMES, got, wants, strict=True):
+            assert result.dtype == dtype
+            error = float((result.double() - want).norm() / want.norm())
+            assert error <= bound, (ranks, name, error)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_gloo_ranks(worlds, kind, layout, window):
+    results = worlds(2).run(gloo_attend, kind, layout, window)
+    got = together(make_layout(layout, LENGTH, 2), results)
+    reach, tensors = Reach.documents(DOCUMENTS, window), whole_tensors(torch.float32)
+    for name, result, want in zip(NAMES, got, naive(reach, tensors), strict=True):
+        torch.testing.assert_close(result.double(), want, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_gradcheck():
+    reach = Reach.documents([0, 5, 12])
+    exchange = make_exchange("ring", make_layout("zigzag", 12, 1))
+    q, k, v, _ = (x[:12].requires_grad_() for x in whole_tensors())
+    torch.autograd.gradcheck(
+        lambda *xs: exchange.attend(*xs, reach, scale=SCALE), (q, k, v), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_that_a_rank_does_not_need_never_touch_it(kind):
+    # Two documents of two ranks each: later ranks, and the other document's, are not needed.
+    reach, layout = Reach.documents([0, 48, 96]), make_layout("contiguous", 96, 4)
+    clean = on_ranks(4, kind, "contiguous", reach, whole_tensors())
+    for poisoned, untouched in [(1, (0, 2, 3)), (3, (0, 1, 2)), (0, (2, 3)), (2, (0, 1))]:
+        tensors = whole_tensors()
+        for x in tensors[1:3]:
+            x[layout.index(poisoned)] = float("nan")
+        got = on_ranks(4, kind, "contiguous", reach, tensors)
+        for rank in untouched:
+            rows = layout.index(rank)
+            for result, want in zip(got[:2], clean[:2], strict=True):
+                torch.testing.assert_close(result[rows], want[rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("token", [20, 33, 49, 50])
+def test_a_token_reaches_later_tokens_of_its_document_only(kind, token):
+    reach, tensors = Reach.documents(DOCUMENTS), whole_tensors()
+    before = on_ranks(4, kind, "zigzag", reach, tensors)[0]
+    for x in tensors[1:3]:
+        x[token] += 1.0
+    after = on_ranks(4, kind, "zigzag", reach, tensors)[0]
+    changed = ((before - after).abs() > 1e-9).flatten(1).any(dim=1).nonzero()[:, 0]
+    end = next(stop for stop in DOCUMENTS if stop > token)
+    assert changed.tolist() == list(range(token, end))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_local_tensors_are_kept_for_the_backward(kind):
+    reach, tensors, layout = (
+        Reach.documents(DOCUMENTS),
+        whole_tensors(),
+        make_layout("zigzag", 96, 4),
+    )
+
+    def kept_on_rank(transport):
+        kept = []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+        with keep:
+            attend_on_rank(transport, kind, layout, reach, tensors)
+        return [len(x) for x in kept]
+
+    assert simulate(4, kept_on_rank) == [[24] * 5] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_share_one_plan(kind, monkeypatch):
+    layout, tensors, calls = make_layout("zigzag", 96, 4), whole_tensors(), []
+    for owner, name in [(reach_module, "plan_pieces"), (Reach, "keys")]:
+        plan = getattr(owner, name)
+        counted = lambda *args, plan=plan: calls.append(plan) or plan(*args)  # noqa: E731
+        monkeypatch.setattr(owner, name, counted)
+
+    def plans(layers):
+        def body(transport):
+            index = layout.index(transport.rank)
+            exchange = make_exchange(kind, layout, transport)
+            reach = Reach.documents(DOCUMENTS).rows(index)
+            for _ in range(layers):
+                exchange.attend(*(x[index] for x in tensors[:3]), reach, scale=SCALE)
+
+        calls.clear()
+        simulate(4, body)
+        return len(calls)
+
+    assert plans(3) == plans(1) > 0
+
+
+def test_one_rank_needs_no_transport():
+    reach, tensors = Reach.documents(DOCUMENTS), whole_tensors()
+    for kind in KINDS:
+        layout = make_layout("zigzag", LENGTH, 1)
+        got = attend_on_rank(None, kind, layout, reach, tensors)
+        for result, want in zip(got, naive(reach, tensors), strict=True):
+            torch.testing.assert_close(result, want, atol=1e-10, rtol=1e-10)
+
+
+def test_no_graph_no_memory():
+    exchange = make_exchange("ring", make_layout("zigzag", LENGTH, 1))
+    q, k, v, _ = (x.requires_grad_() for x in whole_tensors())
+    with torch.no_grad():
+        out = exchange.attend(q, k, v, Reach.documents(DOCUMENTS), scale=SCALE)
+    assert out.grad_fn is None
