@@ -17,12 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from .devices import usable_cores
 from .failure import (
     COMPLETE,
     CRASHED,
     INTERRUPTED,
     LAUNCHER_PID,
     STOPPED,
+    USER_ERROR,
     Failure,
     read_failures,
 )
@@ -39,13 +41,6 @@ def say(text: str) -> None:
     """Print to stderr; a terminal that went away must not end the run before it has saved."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _free_port() -> int:
@@ -83,21 +78,24 @@ class Gang:
 
     def failure(self) -> Failure | None:
         """What to show for a run that failed: the first cause, not the ranks it took along."""
-        killed = {rank: -code for rank, code in self._crashed.items() if code < 0}
-        first_hand = [rank for rank, number in killed.items() if number not in _SECOND_HAND]
         failures = read_failures(self.directory.path)
-        if failures and not first_hand:
+        explained = {failure.rank for failure in failures}
+        silent = {rank: c for rank, c in self._crashed.items() if rank not in explained}
+        # Ranks that notice the end of another one say so; the one that cannot came first.
+        first = {rank: code for rank, code in silent.items() if -code not in _SECOND_HAND}
+        if failures and not first:
             return failures[0]
-        for rank in [*first_hand, *killed]:
-            return self._lost(rank, f"was killed by {_signal_name(killed[rank])}")
-        for rank, code in self._crashed.items():
-            return self._lost(rank, f"ended with exit code {code} and left no message")
-        return None
+        if not silent:
+            return None
+        rank, code = min((first or silent).items(), key=lambda item: item[1])
+        return self._lost(rank, code)
 
-    def _lost(self, rank: int, how: str) -> Failure:
+    def _lost(self, rank: int, code: int) -> Failure:
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         log = self._log_path(rank)
         tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
-        return Failure(rank, "internal", f"rank {rank} {how}", tail, time.time())
+        kind = "user" if code == USER_ERROR else "internal"
+        return Failure(rank, kind, f"rank {rank} {how} and left no message", tail, time.time())
 
     def _log_path(self, rank: int) -> Path:
         return self.directory.logs / f"rank-{rank}.log"
@@ -140,7 +138,7 @@ class Gang:
 
     def _watch(self) -> int:
         told, deadline = False, math.inf
-        while any(process.poll() is None for process in self._processes):
+        while self._any_alive():
             if self._signals > 1:
                 self._kill()
                 return INTERRUPTED
@@ -158,6 +156,10 @@ class Gang:
         if deadline == math.inf:
             self._crashed = self._failed()
         return self._exit_code()
+
+    def _any_alive(self) -> bool:
+        # All of them are asked: `any` over a generator would stop at the first that lives.
+        return None in [process.poll() for process in self._processes]
 
     def _codes(self) -> dict[int, int]:
         """The exit codes of the ranks that have ended."""

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
+from .devices import gpu_count, usable_cores
 from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
-from .gang import Gang, say, usable_cores
+from .gang import Gang, say
 from .observe.summary import render_complete
 from .observe.tracking import check_tracking
 from .plan import model_ranks, run_ranks
@@ -72,9 +73,6 @@ def local_ranks(run: RunSettings) -> int:
     Raises:
         RunError: There are fewer GPUs than ranks.
     """
-    # Looking for GPUs is for those who launch; importing this module stays cheap.
-    from .devices import gpu_count
-
     gpus = gpu_count()
     ranks = run_ranks(run, gpus)
     if 0 < gpus < ranks:
