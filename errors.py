@@ -36,7 +36,7 @@ class RunError(LongspanError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One configuration error: the dotted path, the value found, what is expected, how to fix it."""
+    """One mistake in a recipe: its dotted path, the value there, what is expected, the fix."""
 
     path: str
     value: str

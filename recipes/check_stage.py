@@ -99,7 +99,7 @@ def _check_length(stage: StageSettings, at: str) -> Iterator[Problem]:
     chunks = divisor(parallel.layout, parallel.context)
     reasons = [f"the chunks of {parallel.layout} over context {parallel.context}"]
     unit = chunks
-    if parallel.sequence:
+    if parallel.sequence and parallel.tensor > 1:
         reasons = [*(reasons if chunks > 1 else []), "sequence parallelism over tensor ranks"]
         unit = math.lcm(chunks, parallel.context * parallel.tensor)
     if stage.length % unit:
