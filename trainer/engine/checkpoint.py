@@ -12,12 +12,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from .engine import Engine
 from .hooks import mend_writer
 
-# Explicit, because megatron's default for this key cannot be loaded back by 0.16.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 _BYTES_PER_PARAMETER = 16  # fp32 weight, fp32 main weight, two moments
 
 
@@ -31,13 +25,13 @@ def save_engine(engine: Engine, directory: Path) -> None:
     assert engine.optimizer is not None
     state: dict[str, Any] = {"model": _model_state(engine)}
     state["optimizer"] = engine.optimizer.megatron.sharded_state_dict(
-        state["model"], is_loading=False, metadata=_METADATA
+        state["model"], is_loading=False, metadata=_metadata()
     )
     dist_checkpointing.save(
         state,
         str(directory),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-        content_metadata=dict(_METADATA),
+        content_metadata=_metadata(),
     )
 
 
@@ -52,7 +46,7 @@ def load_engine(engine: Engine, directory: Path, *, optimizer: bool) -> None:
     if optimizer:
         engine.optimizer.create_state()
         state["optimizer"] = engine.optimizer.megatron.sharded_state_dict(
-            state["model"], is_loading=True, metadata=_METADATA
+            state["model"], is_loading=True, metadata=_metadata()
         )
     loaded = dist_checkpointing.load(state, str(directory))
     engine.model.load_state_dict(loaded["model"])
@@ -72,5 +66,18 @@ def checkpoint_bytes(engine: Engine) -> int:
     return int(mine.item()) * _BYTES_PER_PARAMETER
 
 
+def _metadata() -> dict[str, Any]:
+    """How megatron shall lay out a checkpoint.
+
+    Made anew for every use: megatron stores the process group of the moment in it. The sharding
+    type is explicit, because 0.16 cannot load what its default saves.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+
+
 def _model_state(engine: Engine) -> dict[str, Any]:
-    return engine.model.sharded_state_dict(metadata=_METADATA)
+    return engine.model.sharded_state_dict(metadata=_metadata())

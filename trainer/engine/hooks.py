@@ -157,6 +157,8 @@ def install() -> None:
     # Megatron warns of every optional package that is not there; `longspan doctor` tells it once.
     for origin in ("megatron", "transformer_engine", "modelopt"):
         warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")
+    # Of names that newer torch releases give to what megatron calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed(\.|$)")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         _install_cpu()

@@ -1,0 +1,60 @@
+"""The whole model in plain float64: explicit document mask, complex rotations, mean loss."""
+
+import torch
+
+from longspan.trainer.settings import ModelSettings
+
+
+def naive_logits(weights, model: ModelSettings, tokens_T, cu_seqlens, base):
+    """Logits [T, V] from a dict of float64 weights named as in LongModel."""
+    document_T = torch.bucketize(torch.arange(len(tokens_T)), cu_seqlens[1:].long(), right=True)
+    position_T = torch.arange(len(tokens_T)) - cu_seqlens.long()[document_T]
+    same_TT = document_T[:, None] == document_T[None]
+    mask_TT = same_TT & torch.ones_like(same_TT).tril()
+    hidden = weights["embedding.word_embeddings.weight"][tokens_T]
+    for layer in range(model.layers):
+        w = {
+            name.removeprefix(f"decoder.layers.{layer}."): value
+            for name, value in weights.items()
+            if name.startswith(f"decoder.layers.{layer}.")
+        }
+        normed = _norm(hidden, w["input_layernorm.weight"], model)
+        hidden = hidden + _attention(normed, w, model, mask_TT, position_T, base)
+        normed = _norm(hidden, w["pre_mlp_layernorm.weight"], model)
+        gate, up = (normed @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
+        hidden = hidden + (gate * torch.sigmoid(gate) * up) @ w["mlp.linear_fc2.weight"].T
+    hidden = _norm(hidden, weights["decoder.final_layernorm.weight"], model)
+    head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+    return hidden @ head.T
+
+
+def naive_loss(logits_TV, labels_T, weights_T):
+    """Mean cross-entropy over the weighted tokens."""
+    losses_T = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none")
+    return (losses_T * weights_T).sum() / weights_T.sum()
+
+
+def _norm(x, weight, model):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.norm_epsilon) * weight
+
+
+def _rotate(x_THD, position_T, base):
+    half = x_THD.shape[-1] // 2
+    angle = position_T[:, None].double() * base ** -(torch.arange(half).double() / half)
+    turned = torch.complex(x_THD[..., :half], x_THD[..., half:]) * torch.exp(1j * angle)[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def _attention(x_TE, w, model, mask_TT, position_T, base):
+    tokens, width, per_group = len(x_TE), model.head_width, model.heads // model.kv_heads
+    qkv = (x_TE @ w["self_attention.linear_qkv.weight"].T).view(tokens, -1, per_group + 2, width)
+    q, k, v = qkv[:, :, :-2].reshape(tokens, -1, width), qkv[:, :, -2], qkv[:, :, -1]
+    if model.qk_norm:
+        q = _norm(q, w["self_attention.q_layernorm.weight"], model)
+        k = _norm(k, w["self_attention.k_layernorm.weight"], model)
+    q, k = _rotate(q, position_T, base), _rotate(k, position_T, base)
+    k, v = (y.repeat_interleave(per_group, dim=1) for y in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * width**-0.5
+    scores = scores.masked_fill(~mask_TT, -torch.inf).softmax(-1)
+    out = torch.einsum("hts,shd->thd", scores, v).reshape(tokens, -1)
+    return out @ w["self_attention.linear_proj.weight"].T

@@ -1,0 +1,168 @@
+"""megatron-core's silent traps, each with a test that fails without our handling."""
+
+import gc
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from support.cases import take_step
+from support.tiny import LENGTH, VOCAB, random_sample, tiny_run
+
+from longspan.trainer.settings import RunSettings
+
+
+def save_then_go_on(run, directory: str, steps: int):
+    """Two steps, a checkpoint, `steps` more: their losses and norms."""
+    from longspan.trainer.engine.checkpoint import save_engine
+    from longspan.trainer.engine.engine import Engine
+
+    engine = Engine(run, run.stages[0], VOCAB)
+    for step in range(2):
+        take_step(engine, step)
+    save_engine(engine, Path(directory))
+    return [take_step(engine, 2 + step) for step in range(steps)]
+
+
+def load_and_go_on(run, directory: str, steps: int, optimizer: bool = True):
+    """The same steps after a load into a fresh engine."""
+    from longspan.trainer.engine.checkpoint import load_engine
+    from longspan.trainer.engine.engine import Engine
+
+    engine = Engine(run, run.stages[0], VOCAB)
+    load_engine(engine, Path(directory), optimizer=optimizer)
+    return [take_step(engine, 2 + step) for step in range(steps)]
+
+
+def close(found, expected, tolerance=1e-5):
+    return all(
+        abs(a - b) <= tolerance * abs(b)
+        for one, other in zip(found, expected, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_s1_a_loaded_optimizer_counts_its_steps_once(worlds, tmp_path):
+    """One shared step tensor would advance once per parameter; the second step drifts."""
+    expected = worlds(1).run(save_then_go_on, tiny_run(), str(tmp_path), 3)[0]
+    assert worlds(1).run(load_and_go_on, tiny_run(), str(tmp_path), 3)[0] == expected
+
+
+RESHARDED = {
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "one_rank": (1, {}),
+    "dp2": (2, {}),
+    "cp2": (2, {"context": 2}),
+}
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_a_checkpoint_of_cp2_goes_on_under_any_layout(worlds, tmp_path, name):
+    cp2 = tiny_run(stage__parallel={"context": 2})
+    expected = worlds(2).run(save_then_go_on, cp2, str(tmp_path), 3)[0]
+    ranks, parallel = RESHARDED[name]
+    run = tiny_run(stage__parallel=parallel)
+    found = worlds(ranks).run(load_and_go_on, run, str(tmp_path), 3)[0]
+    assert found == expected if name == "cp2" else close(found, expected)
+
+
+def test_a_moe_checkpoint_of_ep2_goes_on_on_one_rank(worlds, tmp_path):
+    moe = {"experts": 4, "top_k": 2, "ffn_hidden": 24}
+    ep2 = tiny_run(model__moe=moe, stage__parallel={"expert": 2})
+    expected = worlds(2).run(save_then_go_on, ep2, str(tmp_path), 3)[0]
+    found = worlds(1).run(load_and_go_on, tiny_run(model__moe=moe), str(tmp_path), 3)[0]
+    assert close(found, expected)
+
+
+def test_s2_context_ranks_do_not_scale_the_gradient(worlds):
+    """A 2-tuple loss is multiplied by CP: equal losses, twice the gradient norm."""
+    from support.cases import train
+
+    cp2 = tiny_run(stage__parallel={"context": 2})
+    (_, expected), (_, found) = (
+        worlds(n).run(train, run, 1)[0][0] for n, run in ((1, tiny_run()), (2, cp2))
+    )
+    assert abs(found - expected) < 1e-5 * expected
+
+
+def test_s5_saving_needs_no_main_guard(tmp_path):
+    """megatron's save spawns a process that runs the script again, which hangs."""
+    (tmp_path / "shards").mkdir()
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import torch.distributed as dist
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        from longspan.trainer.engine.checkpoint import save_engine
+        from longspan.trainer.engine.engine import Engine
+        from support.tiny import VOCAB, tiny_run
+        from support.cases import take_step
+        run = tiny_run()
+        engine = Engine(run, run.stages[0], VOCAB)
+        take_step(engine, 0)
+        save_engine(engine, Path({str(tmp_path / "shards")!r}))
+        print("saved")
+        """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["saved"], done.stderr
+
+
+def test_s6_a_setting_that_our_attention_would_ignore_is_refused():
+    """megatron takes qk_clip and does nothing with it where TransformerEngine is missing."""
+    raw = tiny_run().model_dump()
+    with pytest.raises(ValueError, match="qk_clip"):
+        RunSettings.model_validate({**raw, "model": {**raw["model"], "qk_clip": True}})
+
+
+def layer_weights(run):
+    """Weights of this rank's layers, by their number in the whole model."""
+    from longspan.trainer.engine.engine import Engine
+
+    engine = Engine(run, run.stages[0], VOCAB)
+    return {
+        layer.layer_number: layer.mlp.linear_fc2.weight.detach().clone()
+        for layer in engine.model.decoder.layers
+    }
+
+
+def test_s7_pipeline_ranks_start_from_their_own_weights(worlds):
+    """Equal seeds would give the second stage the first one's draws."""
+    expected = worlds(1).run(layer_weights, tiny_run())[0]
+    parts = worlds(2).run(layer_weights, tiny_run(stage__parallel={"pipeline": 2}))
+    found = {number: weight for part in parts for number, weight in part.items()}
+    assert sorted(found) == sorted(expected) == [1, 2, 3, 4]
+    assert all(torch.equal(found[number], expected[number]) for number in expected)
+    assert not torch.equal(found[1], found[3])
+
+
+def rotary_tables_alive(run):
+    """Rotation tables in memory after micro-batches of 40 different lengths."""
+    from longspan.attention.rope import RotaryTable
+    from longspan.trainer.engine.engine import Engine
+
+    engine = Engine(run, run.stages[0], VOCAB)
+    for extra in range(40):
+        engine.losses(random_sample(extra, LENGTH + extra))
+    gc.collect()
+    return sum(isinstance(thing, RotaryTable) for thing in gc.get_objects())
+
+
+def test_s8_rotations_are_not_kept(worlds):
+    """megatron's rotary module keeps the tables of 32 lengths."""
+    assert worlds(1).run(rotary_tables_alive, tiny_run())[0] == 0
+
+
+def test_s9_a_weights_only_load_starts_from_zero_moments(worlds, tmp_path):
+    """megatron would hand out uninitialised moments, and train to NaN on the second step."""
+    worlds(1).run(save_then_go_on, tiny_run(), str(tmp_path), 0)
+    found = worlds(1).run(load_and_go_on, tiny_run(), str(tmp_path), 3, False)[0]
+    again = worlds(1).run(load_and_go_on, tiny_run(), str(tmp_path), 3, False)[0]
+    assert found == again
+    assert all(norm < 10 for _, norm in found)
