@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
-from .devices import gpu_count, usable_cores
+from .devices import gpu_count
 from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
 from .gang import Gang, say
 from .observe.summary import render_complete
@@ -68,7 +68,7 @@ def resume(run_dir: Path, command: Sequence[str] = WORKER) -> int:
 
 
 def local_ranks(run: RunSettings) -> int:
-    """The processes to start on this machine; warns when a CPU has fewer cores than that.
+    """The processes to start on this machine; a CPU takes any number of them.
 
     Raises:
         RunError: There are fewer GPUs than ranks.
@@ -82,8 +82,6 @@ def local_ranks(run: RunSettings) -> int:
             f"(each needs {math.lcm(*map(model_ranks, run.stages))} ranks or a multiple), "
             "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
         )
-    if not gpus and ranks > (cores := usable_cores()):
-        say(f"warning: {ranks} ranks share {cores} CPU cores; it works, slowly")
     return ranks
 
 

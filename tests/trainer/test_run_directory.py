@@ -6,7 +6,6 @@ import os
 import signal
 
 import pytest
-
 from longspan.errors import RunError
 from longspan.trainer.run_directory import RunDirectory, create_or_open, write_atomically
 from longspan.trainer.settings import RunSettings
@@ -94,7 +93,7 @@ def test_a_full_disk_is_a_message_and_leaves_no_half_run(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match="(?s)No space left on device.*free some space"):
+    with pytest.raises(RunError, match=r"(?s)No space left on device.*free some space"):
         create_or_open(tmp_path / "run", settings(), "tiny")
     assert not RunDirectory(tmp_path / "run").is_run()
 

@@ -3,7 +3,7 @@
 A summary is a plain dict, so that `complete.json` holds it as it is:
 
     {"wall_s", "tokens", "tokens_per_s",
-     "stages": [{"name", "length", "steps", "tokens", "loss"}, ...],
+     "stages": [{"name", "length", "steps", "tokens", "loss", "held_out_loss"}, ...],
      "checkpoint": path of the final checkpoint,
      "evaluations": [{"name", "step",
                       "buckets": [{"first", "last", "loss", "tokens"}, ...],
@@ -16,6 +16,7 @@ Every key may be missing; what is missing is left out of the text. Losses are in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -31,7 +32,7 @@ def render_summary(directory: str, summary: Mapping[str, Any]) -> str:
     for evaluation in summary.get("evaluations", ()):
         parts += _evaluation_lines(evaluation)
     if summary.get("checkpoint"):
-        parts.append(f"  checkpoint: {summary['checkpoint']}")
+        parts.append(f"  checkpoint: {directory}/checkpoints/{Path(summary['checkpoint']).name}")
     return "\n".join([*parts, *_next_commands(directory)])
 
 
@@ -41,8 +42,7 @@ def render_complete(directory: str, summary: Mapping[str, Any]) -> str:
     parts += _stage_lines(summary.get("stages", ()))
     for evaluation in summary.get("evaluations", ()):
         parts += [f"  {line}" for line in _gain_lines(evaluation)]
-    again = "  longspan train RECIPE --run-dir OTHER    train it again elsewhere"
-    return "\n".join([*parts, "next:", again])
+    return "\n".join([*parts, *_next_commands(directory)])
 
 
 def _headline(summary: Mapping[str, Any]) -> list[str]:
@@ -63,11 +63,11 @@ def _stage_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
         (
             str(stage["name"]),
             *(_number(stage.get(key), ",d") for key in ("length", "steps", "tokens")),
-            _number(stage.get("loss"), ".4f"),
+            *(_number(stage.get(key), ".4f") for key in ("loss", "held_out_loss")),
         )
         for stage in stages
     ]
-    return _table(("stage", "length", "steps", "tokens", "final loss"), rows)
+    return _table(("stage", "length", "steps", "tokens", "last loss", "held-out loss"), rows)
 
 
 def _evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -104,8 +104,12 @@ def _gain_lines(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _next_commands(directory: str) -> list[str]:
-    del directory
-    return ["next:", "  longspan train RECIPE    train another", "  longspan check RECIPE    see"]
+    recipe = f"{directory}/recipe.yaml"
+    return [
+        "next:",
+        f"  longspan check {recipe}    what this run computed",
+        f"  longspan train {recipe} --set seed=2 --run-dir {directory}-2    the same, other seed",
+    ]
 
 
 def _number(value: Any, form: str) -> str:

@@ -19,6 +19,8 @@ from .summary import render_summary
 _PLAIN_EVERY_S = 10.0
 _LIVE_EVERY_S = 0.1
 _BAR = 16
+# What a narrow terminal does without.
+_DROPPED_FIRST = ("bar", "lr", "stage", "norm")
 _SMOOTHING = 0.1
 
 
@@ -39,11 +41,13 @@ class Terminal(Sink):
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = sys.stdout if stream is None else stream
+        stream = stream or sys.stdout
         self._directory, self._clock = directory, clock
-        self._console = Console(file=stream, highlight=False, soft_wrap=True, markup=False)
+        self._console = Console(
+            file=stream, force_terminal=live, highlight=False, soft_wrap=True, markup=False
+        )
         self._is_live = self._console.is_terminal if live is None else live
-        self._unicode = (stream.encoding or "ascii").lower().startswith("utf")
+        self._unicode = (getattr(stream, "encoding", None) or "ascii").lower().startswith("utf")
         self._live: Live | None = None
         self._eta = Eta()
         self._stages: list[str] = []
@@ -125,14 +129,21 @@ class Terminal(Sink):
     def _live_line(self, metrics: StepMetrics, left_s: float) -> Text:
         filled = _BAR * metrics.step // max(1, metrics.steps)
         full, empty = ("\u2501", "\u2500") if self._unicode else ("#", "-")
-        bar = full * filled + empty * (_BAR - filled)
-        text = Text(no_wrap=True, overflow="crop")
-        text.append(f"{metrics.stage} ", style="bold")
-        text.append(f"{bar} ", style="green")
-        text.append(f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  ")
-        text.append(f"grad norm {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  ")
-        text.append(f"{metrics.tokens_per_s:,.0f} tokens/s  {duration(left_s)} left")
-        return text
+        parts = {
+            "stage": metrics.stage,
+            "bar": full * filled + empty * (_BAR - filled),
+            "step": f"step {metrics.step}/{metrics.steps}",
+            "loss": f"loss {metrics.loss:.4f}",
+            "norm": f"grad norm {metrics.grad_norm:.3f}",
+            "lr": f"lr {metrics.lr:.2e}",
+            "speed": f"{metrics.tokens_per_s:,.0f} tokens/s",
+            "left": f"{duration(left_s)} left",
+        }
+        for part in _DROPPED_FIRST:
+            if len("  ".join(parts.values())) < self._console.width:
+                break
+            del parts[part]
+        return Text("  ".join(parts.values()), no_wrap=True, overflow="crop")
 
 
 class Eta:

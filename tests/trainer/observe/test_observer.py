@@ -1,0 +1,75 @@
+"""One call reaches events, terminal and tracking; a listener that fails is dropped."""
+
+from pathlib import Path
+
+from longspan.trainer.observe.events import EventLog, read_events
+from longspan.trainer.observe.observer import EventSink, Observer
+from longspan.trainer.observe.sink import Sink, StepMetrics
+
+STEP = StepMetrics(
+    step=3,
+    steps=9,
+    stage="short",
+    stage_step=3,
+    stage_steps=4,
+    tokens=3072,
+    loss=4.5,
+    grad_norm=0.5,
+    lr=1e-3,
+    tokens_per_s=100.0,
+    step_s=10.24,
+)
+
+
+def tell_everything(observer):
+    observer.run_started({"ranks": 2})
+    observer.stage_started("short", 0, {"length": 1024})
+    observer.step(STEP)
+    observer.evaluated("held_out", 3, {"loss": 4.0})
+    observer.saved(3, Path("step-3"), 0.5)
+    observer.message("hello")
+    observer.warning("careful")
+    observer.stopped(3, "asked to stop")
+    observer.finished({"tokens": 3072})
+    observer.close()
+
+
+def test_every_kind_of_news_is_an_event(tmp_path):
+    path = tmp_path / "events.jsonl"
+    tell_everything(Observer([EventSink(EventLog(path))]))
+    events = list(read_events(path))
+    assert [event.pop("event") for event in events] == [
+        "run_started",
+        "stage_started",
+        "step",
+        "evaluated",
+        "saved",
+        "message",
+        "warning",
+        "stopped",
+        "finished",
+    ]
+    stage, step = events[1], events[2]
+    assert (stage["stage"], stage["index"], stage["length"]) == ("short", 0, 1024)
+    assert (step["step"], step["loss"], step["tokens_per_s"]) == (3, 4.5, 100.0)
+    assert events[3]["values"] == {"loss": 4.0} and events[8]["summary"] == {"tokens": 3072}
+
+
+def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
+    class Broken(Sink):
+        def step(self, metrics):
+            raise ValueError("no more")
+
+        def finished(self, summary):
+            raise AssertionError("it was dropped")
+
+    path = tmp_path / "events.jsonl"
+    tell_everything(Observer([Broken(), EventSink(EventLog(path))]))
+    assert len(list(read_events(path))) == 9
+    err = capsys.readouterr().err
+    assert err.count("warning") == 1 and "Broken failed and is off: ValueError('no more')" in err
+
+
+def test_without_listeners_it_is_silent(capfd):
+    tell_everything(Observer())
+    assert capfd.readouterr() == ("", "")

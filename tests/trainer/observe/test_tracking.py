@@ -1,0 +1,210 @@
+"""Weights & Biases is found as wandb finds it, continues a run, and can fail without harm."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from longspan.errors import RunError
+from longspan.trainer.observe import tracking
+from longspan.trainer.observe.observer import open_observer
+from longspan.trainer.observe.sink import Sink, StepMetrics
+from longspan.trainer.run_directory import create_or_open
+from longspan.trainer.settings import RunSettings, TrackingSettings
+
+AUTO = TrackingSettings()
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def settings(mode="offline") -> RunSettings:
+    stage = {
+        "name": "short",
+        "length": 256,
+        "tokens": 8192,
+        "batch_tokens": 1024,
+        "data": {"sources": [{"kind": "python-stdlib"}]},
+    }
+    raw = {
+        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
+        "tokenizer": {"kind": "train", "vocab": 512},
+        "tracking": {"wandb": mode, "project": "tiny"},
+        "stages": [stage],
+    }
+    return RunSettings.model_validate(raw)
+
+
+def metrics(step) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        steps=9,
+        stage="short",
+        stage_step=step,
+        stage_steps=9,
+        tokens=1024 * step,
+        loss=4.5,
+        grad_norm=0.5,
+        lr=1e-3,
+        tokens_per_s=100.0,
+        step_s=10.24,
+    )
+
+
+class Console(Sink):
+    def __init__(self):
+        self.said, self.warned = [], []
+
+    def message(self, text):
+        self.said.append(text)
+
+    def warning(self, text):
+        self.warned.append(text)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A home and a folder without any wandb set-up, whatever this machine has."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return create_or_open(tmp_path / "runs" / "tiny", settings(), "tiny")
+
+
+def test_auto_is_off_without_any_set_up():
+    assert tracking.resolve_mode(AUTO) == "off"
+    assert "wandb" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({"WANDB_API_KEY": KEY}, "online"),
+        ({"WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "online"}, "off"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, "off"),
+        ({"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true"}, "off"),
+    ],
+)
+def test_auto_follows_the_environment(monkeypatch, variables, mode):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert tracking.resolve_mode(AUTO) == mode
+
+
+def test_auto_finds_a_login_in_netrc_for_the_right_host(home, monkeypatch):
+    (home / ".netrc").write_text(f"machine example.org login user password {KEY}\n")
+    assert tracking.resolve_mode(AUTO) == "off"
+    (home / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert tracking.resolve_mode(AUTO) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert tracking.resolve_mode(AUTO) == "off"
+
+
+def test_auto_reads_the_settings_files_of_wandb(home):
+    (home / ".config" / "wandb").mkdir(parents=True)
+    (home / ".config" / "wandb" / "settings").write_text(f"[default]\napi_key = {KEY}\n")
+    assert tracking.resolve_mode(AUTO) == "online"
+    (home / "wandb").mkdir()
+    (home / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert tracking.resolve_mode(AUTO) == "offline"
+
+
+def test_online_without_a_key_is_an_error_before_training(monkeypatch):
+    with pytest.raises(RunError, match="no Weights & Biases key") as caught:
+        tracking.check_tracking(TrackingSettings(wandb="online"))
+    assert "wandb login" in caught.value.fix
+    tracking.check_tracking(TrackingSettings(wandb="offline"))
+    tracking.check_tracking(AUTO)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    tracking.check_tracking(TrackingSettings(wandb="online"))
+
+
+def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for attempt in (1, 2):
+        observer = open_observer(directory, settings("auto"), rank=0)
+        for step in range(1, 4):
+            observer.step(metrics(step))
+        observer.evaluated("held_out", 3, {"loss": 4.0, "buckets": []})
+        observer.finished({"tokens": 3072}) if attempt == 2 else observer.stopped(3, "asked")
+        observer.close()
+        # wandb names its folders by the second.
+        time.sleep(1.1)
+    identity = json.loads((directory.path / "wandb.json").read_text())["id"]
+    runs = sorted((directory.path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(run.name.endswith(f"-{identity}") for run in runs)
+    for run in runs:
+        log = next(run.glob("*.wandb")).read_bytes()
+        for key in (b"train/loss", b"held_out/loss", b"tokens", b"batch_tokens"):
+            assert key in log
+    assert "wandb" not in sys.modules
+
+
+def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, monkeypatch):
+    script = "print('failed no route to host', flush=True)"
+    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    console = Console()
+    tracker = tracking.start_tracking(directory, settings(), 1, console)
+    deadline = time.monotonic() + 20
+    while not console.warned and time.monotonic() < deadline:
+        tracker.step(metrics(1))
+    tracker.step(metrics(2))
+    tracker.finished({})
+    tracker.close()
+    text = "Weights & Biases is off, training goes on: no route to host"
+    assert console.warned == [text]
+
+
+def test_a_tracker_that_is_killed_does_no_harm(directory, monkeypatch):
+    script = "import os; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    console = Console()
+    tracker = tracking.start_tracking(directory, settings(), 1, console)
+    tracker._process.wait()
+    tracker.step(metrics(1))
+    tracker.finished({})
+    assert len(console.warned) == 1 and "wandb.log" in console.warned[0]
+
+
+def test_a_tracker_that_hangs_never_blocks_a_step(directory, monkeypatch):
+    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", "import time; time.sleep(99)"))
+    monkeypatch.setattr(tracking, "_MOST_PENDING_BYTES", 10_000)
+    monkeypatch.setattr(tracking, "_LAST_UPLOAD_S", 0.1)
+    console = Console()
+    tracker = tracking.start_tracking(directory, settings(), 1, console)
+    process = tracker._process
+    for step in range(2000):
+        tracker.step(metrics(step))
+    tracker.close()
+    process.send_signal(signal.SIGKILL)
+    assert len(console.warned) == 1 and "does not keep up" in console.warned[0]
+
+
+def test_an_upload_that_takes_long_does_not_hold_the_run_back(directory, monkeypatch):
+    script = "import sys, time; sys.stdin.read(); time.sleep(99)"
+    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking, "_LAST_UPLOAD_S", 0.1)
+    console = Console()
+    tracker = tracking.start_tracking(directory, settings(), 1, console)
+    process = tracker._process
+    tracker.finished({})
+    process.kill()
+    assert console.warned == [] and "in the background" in console.said[-1]
+
+
+def test_a_tracker_that_cannot_start_is_a_warning(directory, monkeypatch):
+    monkeypatch.setattr(tracking, "TRACKER", ("/nowhere/python",))
+    console = Console()
+    assert tracking.start_tracking(directory, settings(), 1, console) is None
+    assert len(console.warned) == 1
