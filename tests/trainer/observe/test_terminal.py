@@ -145,7 +145,7 @@ def test_the_live_line_is_redrawn_and_gone_at_the_end(encoding, monkeypatch):
 
 
 def test_a_narrow_live_line_keeps_what_matters(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "64")
+    monkeypatch.setenv("COLUMNS", "70")
     screen = Screen()
     terminal = Terminal("runs/tiny", screen, live=True)
     terminal.run_started({"stages": STAGES})
