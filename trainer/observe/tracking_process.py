@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+from pathlib import Path
 from typing import IO, Any
 
 _START_S = 60
@@ -29,7 +30,7 @@ def main() -> int:
         run = _begin(begin)
     except Exception as error:
         return _answer(answers, "failed", _one_line(error)) or 1
-    _answer(answers, "started", run.url or f"offline, in {run.dir}")
+    _answer(answers, "started", run.url or f"offline; to upload: wandb sync {Path(run.dir).parent}")
     try:
         return _follow(run, messages)
     except Exception as error:
