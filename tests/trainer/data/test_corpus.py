@@ -149,6 +149,8 @@ def test_a_local_tokenizer(tmp_path):
     local = LocalTokenizer(kind="hf", path=str(trained.tokenizer_path / "tokenizer.json"))
     corpus = prepare(data, tmp_path / "other", local)
     assert read_back(corpus, corpus.train) == read_back(trained, trained.train)
+    half = prepare(settings(tmp_path / "a.jsonl", held_out=0.5), tmp_path / "other", local)
+    assert len(half.held_out) > len(corpus.held_out)
     with pytest.raises(DataError, match="no tokenizer at"):
         prepare(data, tmp_path / "cache", LocalTokenizer(kind="hf", path=str(tmp_path)))
 
@@ -267,7 +269,7 @@ def test_a_killed_writer_neither_blocks_nor_confuses_the_next(tmp_path):
     (unfinished,) = leftovers(cache)
     (cache / unfinished / "from the victim").write_text("")
     waiting.go()
-    told = waiting.running.stderr.readline()
+    told = next(line for line in waiting.running.stderr if line.startswith("longspan: "))
     assert told.startswith(f"longspan: waiting for process {victim.running.pid} on ")
     assert [path.name for path in cache.glob("corpus-*") if path.is_dir()] == [unfinished]
     victim.running.send_signal(signal.SIGKILL)
