@@ -46,17 +46,20 @@ def test_any_number_of_ranks_is_exact_in_fp64(ranks, kind, layout, cu, window):
         torch.testing.assert_close(result, want, atol=1e-10, rtol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1.5), (torch.bfloat16, 1.02)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_error_does_not_grow_with_ranks(kind, dtype, bound):
+def test_the_error_does_not_grow_with_ranks(kind, dtype, slack):
     reach, tensors = Reach.documents([0, 100, 512]), whole_tensors(dtype, 512)
-    wants = naive(reach, tensors)
+    wants, alone = naive(reach, tensors), None
     for ranks in (1, 2, 4, 8):
         got = on_ranks(ranks, kind, "zigzag", reach, tensors)
-        for name, result, want in zip(NAMES, got, wants, strict=True):
-            assert result.dtype == dtype
-            error = float((result.double() - want).norm() / want.norm())
-            assert error <= bound, (ranks, name, error)
+        assert {x.dtype for x in got} == {dtype}
+        pairs = zip(got, wants, strict=True)
+        errors = [float((result.double() - want).norm() / want.norm()) for result, want in pairs]
+        alone = alone or errors
+        # Partial outputs rounded to bf16 before they are merged would already cost 5%.
+        for name, error, single in zip(NAMES, errors, alone, strict=True):
+            assert error <= slack * single <= slack * torch.finfo(dtype).eps * 8, (ranks, name)
 
 
 @pytest.mark.parametrize("window", [None, 7])
