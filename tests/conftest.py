@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from support.world import World  # noqa: E402
+from support.world import World
 
 
 @pytest.fixture(scope="session")

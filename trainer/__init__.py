@@ -1,0 +1,1 @@
+"""Model, data, stages, loop, checkpoints, evaluation and observation."""

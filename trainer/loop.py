@@ -85,6 +85,17 @@ class Run:
     def _open_stage(self, cursor: Cursor, newest: Path | None) -> _Stage:
         """Build the stage's engine and load the newest checkpoint into it."""
         settings = self.run.stages[cursor.stage]
+        corpus = self._corpus(settings)
+        engine = Engine(self.run, settings, corpus.vocab)
+        if newest is not None:
+            inside = cursor.stage_step > 0
+            checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
+        return _Stage(cursor.stage, settings, corpus, engine)
+
+    def _corpus(self, settings: StageSettings) -> Corpus:
+        """The stage's documents. Rank 0 comes first, so that it is the one that shows progress."""
+        if not self.first:
+            dist.barrier()
         corpus = prepare_corpus(
             settings.data,
             self.run.tokenizer,
@@ -92,11 +103,9 @@ class Run:
             cache=default_cache(),
             progress=self.first,
         )
-        engine = Engine(self.run, settings, corpus.vocab)
-        if newest is not None:
-            inside = cursor.stage_step > 0
-            checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
-        return _Stage(cursor.stage, settings, corpus, engine)
+        if self.first:
+            dist.barrier()
+        return corpus
 
     def _train_stage(self, stage: _Stage, cursor: Cursor) -> StageEnd:
         settings, plan = stage.settings, self.plans[stage.index]

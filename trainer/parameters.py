@@ -10,9 +10,8 @@ def count_parameters(model: ModelSettings, vocab: int) -> int:
     hidden, width = model.hidden, model.head_width
     attention = hidden * width * (2 * model.heads + 2 * model.kv_heads)
     norms = 2 * hidden + (2 * width if model.qk_norm else 0)
-    if model.moe is None:
-        mlp = 3 * hidden * model.ffn_hidden
-    else:
-        mlp = model.moe.experts * (3 * hidden * model.moe.ffn_hidden + hidden)
+    mlp = 3 * hidden * model.ffn_hidden
+    if model.moe is not None:
+        mlp = model.moe.experts * (mlp + hidden)
     embeddings = (1 if model.tied_embeddings else 2) * vocab * hidden
     return embeddings + model.layers * (attention + norms + mlp) + hidden

@@ -13,16 +13,13 @@ from .data.settings import DataSettings, Tokenizer
 
 
 class MoeSettings(Settings):
-    """A mixture of experts in place of every layer's MLP."""
+    """A mixture of experts in place of every layer's MLP; model.ffn_hidden is one expert's."""
 
     experts: int = Field(ge=2)
     """Experts per layer."""
 
     top_k: int = Field(default=2, ge=1)
     """Experts that each token visits."""
-
-    ffn_hidden: int = Field(ge=1)
-    """Hidden units of one expert."""
 
     aux_loss: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing loss; 0 turns it off."""
@@ -46,7 +43,7 @@ class ModelSettings(Settings):
     """Left out: hidden / heads."""
 
     ffn_hidden: int = Field(ge=1)
-    """Hidden units of the MLP."""
+    """Hidden units of the MLP, or of each expert."""
 
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys, before RoPE."""

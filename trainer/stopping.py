@@ -1,4 +1,4 @@
-"""Asking a rank to stop: the first SIGINT or SIGTERM saves and stops, the second ends at once."""
+"""Asking a rank to stop: SIGINT or SIGTERM saves and stops, a second SIGINT ends at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        # Schedulers and launchers send SIGTERM more than once; they follow it with SIGKILL.
+        if self.requested and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = True

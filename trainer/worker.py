@@ -7,13 +7,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
 from .failure import COMPLETE, STOPPED, die_with_parent, record_failure
-from .loop import Run
-from .observe.observer import open_observer
-from .platform import backend, set_up
-from .run_directory import RunDirectory
 from .stopping import StopRequest
 
 # The first step of another rank may wait for this one to tokenise the corpus.
@@ -28,22 +22,35 @@ def main(run_dir: Path) -> int:
     """
     stop = StopRequest()
     stop.listen()
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ["RANK"])
     try:
-        directory = RunDirectory(run_dir)
-        run = directory.load_settings()
-        set_up(local_rank, int(os.environ["LOCAL_WORLD_SIZE"]))
-        dist.init_process_group(backend(), timeout=_TIMEOUT)
-        observer = open_observer(directory, run, rank)
-        try:
-            complete = Run(directory, run, observer, stop).train()
-        finally:
-            observer.close()
-        dist.barrier()
-        dist.destroy_process_group()
+        return COMPLETE if _run(run_dir, rank, stop) else STOPPED
     except Exception as error:
         return record_failure(run_dir, rank, error)
-    return COMPLETE if complete else STOPPED
+
+
+def _run(run_dir: Path, rank: int, stop: StopRequest) -> bool:
+    """Join the other ranks and run; whether the run is complete."""
+    # Here, because torch and megatron take seconds, in which the launcher may die or the user stop.
+    import torch.distributed as dist
+
+    from .loop import Run
+    from .observe.observer import open_observer
+    from .platform import backend, set_up
+    from .run_directory import RunDirectory
+
+    directory = RunDirectory(run_dir)
+    run = directory.load_settings()
+    set_up(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.init_process_group(backend(), timeout=_TIMEOUT)
+    observer = open_observer(directory, run, rank)
+    try:
+        complete = Run(directory, run, observer, stop).train()
+    finally:
+        observer.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    return complete
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from longspan.trainer.devices import Machine
 
 TWO_STAGES = str(Path(__file__).parent / "two_stages.yaml")
 CPU = Machine(gpus=0, cores=64)
-MOE = "model.moe={experts: 4, ffn_hidden: 8}"
+MOE = "model.moe={experts: 4}"
 
 
 def problems(*overrides: str, machine: Machine = CPU) -> dict[str, str]:
@@ -32,7 +32,7 @@ CASES = {
     "odd implicit head": (["model.hidden=198"], "model.head_dim", "33 (hidden / heads)"),
     "groups": (["model.query_groups=4"], "model.query_groups", "1 or 2 or 3 or 6"),
     "top_k": (
-        ["model.moe={experts: 4, top_k: 5, ffn_hidden: 8}"],
+        ["model.moe={experts: 4, top_k: 5}"],
         "model.moe.top_k",
         "at most model.moe.experts (4)",
     ),
@@ -62,7 +62,7 @@ CASES = {
         "the model has no experts",
     ),
     "expert divides experts": (
-        ["model.moe={experts: 3, ffn_hidden: 8}", stage("parallel.expert=2")],
+        ["model.moe={experts: 3}", stage("parallel.expert=2")],
         "stages.1.parallel.expert",
         "expert: 1 or 3",
     ),

@@ -7,7 +7,7 @@ from longspan.recipes.overrides import apply_overrides
 
 
 def test_values_are_yaml_and_the_last_one_counts():
-    changes = ["stages.0.tokens=2M", "model.moe={experts: 4, ffn_hidden: 8}", "seed=1", "seed=2"]
+    changes = ["stages.0.tokens=2M", "model.moe={experts: 4}", "seed=1", "seed=2"]
     recipe = load_recipe("quickstart", changes)
     assert recipe.stages[0].tokens == 2_000_000
     assert recipe.model.moe is not None and recipe.model.moe.experts == 4

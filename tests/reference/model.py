@@ -1,7 +1,6 @@
 """The whole model in plain float64: explicit document mask, complex rotations, mean loss."""
 
 import torch
-
 from longspan.trainer.settings import ModelSettings
 
 

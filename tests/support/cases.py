@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from support.tiny import SEQUENCES, VOCAB, random_sample
-
 from longspan.trainer.data.samples import join
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.settings import RunSettings
+from support.tiny import SEQUENCES, VOCAB, random_sample
 
 
 def batches(engine: Engine, step: int, sequences: int = SEQUENCES) -> list[Any]:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from longspan.trainer.data.samples import Sample
 from longspan.trainer.settings import RunSettings, merge
 
@@ -33,7 +32,7 @@ def tiny_run(**changes: Any) -> RunSettings:
                 "tokens": LENGTH * SEQUENCES * 4,
                 "batch_tokens": LENGTH * SEQUENCES,
                 "data": {"sources": [{"kind": "python-stdlib"}]},
-                # A large eps: Adam would blow up rounding noise in near-zero gradients to full steps.
+                # A large eps: Adam turns rounding noise in near-zero gradients into full steps.
                 "optimizer": {"lr": 1e-2, "schedule": "constant", "warmup": 0, "eps": 1e-4},
             }
         ],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .engine import Engine
 from .hooks import mend_writer
@@ -27,12 +30,13 @@ def save_engine(engine: Engine, directory: Path) -> None:
     state["optimizer"] = engine.optimizer.megatron.sharded_state_dict(
         state["model"], is_loading=False, metadata=_metadata()
     )
-    dist_checkpointing.save(
-        state,
-        str(directory),
-        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-        content_metadata=_metadata(),
-    )
+    with _as_exception():
+        dist_checkpointing.save(
+            state,
+            str(directory),
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            content_metadata=_metadata(),
+        )
 
 
 def load_engine(engine: Engine, directory: Path, *, optimizer: bool) -> None:
@@ -48,7 +52,8 @@ def load_engine(engine: Engine, directory: Path, *, optimizer: bool) -> None:
         state["optimizer"] = engine.optimizer.megatron.sharded_state_dict(
             state["model"], is_loading=True, metadata=_metadata()
         )
-    loaded = dist_checkpointing.load(state, str(directory))
+    with _as_exception():
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))  # type: ignore
     engine.model.load_state_dict(loaded["model"])
     if optimizer:
         engine.optimizer.megatron.load_state_dict(loaded["optimizer"])
@@ -64,6 +69,16 @@ def checkpoint_bytes(engine: Engine) -> int:
     mine = mine.to(engine.device) / engine.groups.dp_cp.size()
     torch.distributed.all_reduce(mine)
     return int(mine.item()) * _BYTES_PER_PARAMETER
+
+
+@contextmanager
+def _as_exception() -> Iterator[None]:
+    """torch's CheckpointException is no Exception; raise the first rank's cause instead."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise RuntimeError(f"{type(cause).__name__}: {cause}") from cause
 
 
 def _metadata() -> dict[str, Any]:

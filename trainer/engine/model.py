@@ -53,23 +53,6 @@ def transformer_config(run: RunSettings, stage: StageSettings) -> TransformerCon
     """Megatron's configuration of a stage."""
     model, parallel = run.model, stage.parallel
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    options = {}
-    if model.moe is not None:
-        options = {
-            "num_moe_experts": model.moe.experts,
-            "moe_router_topk": model.moe.top_k,
-            "moe_ffn_hidden_size": model.moe.ffn_hidden,
-            "moe_aux_loss_coeff": model.moe.aux_loss,
-            "moe_router_load_balancing_type": "aux_loss" if model.moe.aux_loss else "none",
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_router_dtype": "fp32",
-        }
-    if run.recompute == "full":
-        options |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -107,8 +90,30 @@ def transformer_config(run: RunSettings, stage: StageSettings) -> TransformerCon
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         transformer_impl="local",
-        **options,
+        **_options(run),
     )
+
+
+def _options(run: RunSettings) -> dict[str, Any]:
+    """What megatron's configuration needs for experts and recompute."""
+    options: dict[str, Any] = {}
+    if run.model.moe is not None:
+        options = {
+            "num_moe_experts": run.model.moe.experts,
+            "moe_router_topk": run.model.moe.top_k,
+            "moe_ffn_hidden_size": run.model.ffn_hidden,
+            "moe_aux_loss_coeff": run.model.moe.aux_loss,
+            "moe_router_load_balancing_type": "aux_loss" if run.model.moe.aux_loss else "none",
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_dtype": "fp32",
+        }
+    if run.recompute == "full":
+        options |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return options
 
 
 def _block_spec(run: RunSettings, config: TransformerConfig) -> TransformerBlockSubmodules:
@@ -164,7 +169,7 @@ class LongModel(GPTModel):
             if ".experts." in name:
                 # megatron marks experts only where EP > 1; unmarked under TP, their gradients are
                 # not summed over the tensor ranks, and their optimizer state has another shape.
-                parameter.__dict__["allreduce"] = False
+                setattr(parameter, "allreduce", False)  # noqa: B010
         initialize(
             self,
             seed=run.seed,

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from support.world import World
-
 from longspan.trainer.engine import cross_entropy
 from longspan.trainer.engine.cross_entropy import linear_cross_entropy
+from support.world import World
 
 TOKENS, WIDTH, VOCAB = 41, 12, 30
 
@@ -22,9 +21,7 @@ def case(dtype=torch.float32):
 def naive(hidden, weight, labels, weights):
     """Weighted loss sum, losses and gradients in float64."""
     hidden, weight = (x.double().requires_grad_() for x in (hidden, weight))
-    losses = torch.nn.functional.cross_entropy(
-        hidden @ weight[:VOCAB].T, labels, reduction="none"
-    )
+    losses = torch.nn.functional.cross_entropy(hidden @ weight[:VOCAB].T, labels, reduction="none")
     total = (losses * weights).sum()
     (3 * total).backward()
     return total.item(), losses.detach(), hidden.grad, weight.grad

@@ -4,10 +4,9 @@ import importlib
 import subprocess
 import sys
 
+import longspan.trainer.engine  # noqa: F401  installs the hooks
 import pytest
 import torch
-
-import longspan.trainer.engine  # noqa: F401  installs the hooks
 from longspan.trainer.engine import hooks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer is not in use")

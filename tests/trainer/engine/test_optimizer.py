@@ -20,7 +20,6 @@ def step_counts(engine):
 def poisoned_step(run, value: float):
     """A good step, one with a poisoned gradient on rank 0 only, and the weights around it."""
     import torch.distributed as dist
-
     from longspan.trainer.engine.engine import Engine
 
     engine = Engine(run, run.stages[0], VOCAB)

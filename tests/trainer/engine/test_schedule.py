@@ -1,7 +1,6 @@
 """Learning-rate schedules at their corners."""
 
 import pytest
-
 from longspan.trainer.engine.schedule import learning_rate
 from longspan.trainer.settings import OptimizerSettings
 

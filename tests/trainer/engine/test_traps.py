@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from longspan.trainer.settings import RunSettings
 from support.cases import take_step
 from support.tiny import LENGTH, VOCAB, random_sample, tiny_run
-
-from longspan.trainer.settings import RunSettings
 
 
 def save_then_go_on(run, directory: str, steps: int):
@@ -70,7 +69,7 @@ def test_a_checkpoint_of_cp2_goes_on_under_any_layout(worlds, tmp_path, name):
 
 
 def test_a_moe_checkpoint_of_ep2_goes_on_on_one_rank(worlds, tmp_path):
-    moe = {"experts": 4, "top_k": 2, "ffn_hidden": 24}
+    moe = {"experts": 4, "top_k": 2}
     ep2 = tiny_run(model__moe=moe, stage__parallel={"expert": 2})
     expected = worlds(2).run(save_then_go_on, ep2, str(tmp_path), 3)[0]
     found = worlds(1).run(load_and_go_on, tiny_run(model__moe=moe), str(tmp_path), 3)[0]

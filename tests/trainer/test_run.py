@@ -1,0 +1,187 @@
+"""Whole runs through the command line, on real ranks: the smoke recipe, killed and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from longspan.trainer.observe.events import read_events
+
+SMOKE = [sys.executable, "-m", "longspan.cli", "train", "smoke"]
+RESUME = [sys.executable, "-m", "longspan.cli", "resume"]
+OVERRIDES = ["--set", "stages.0.tokens=8K", "--set", "stages.1.tokens=8K"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One cache for all runs of this file."""
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "LONGSPAN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "WANDB_MODE": ""}
+
+
+def longspan(command, environment, cwd, **options):
+    return subprocess.run(
+        command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240, **options
+    )
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """Loss and norm by step; of a step computed twice, the last."""
+    events = read_events(run_dir / "events.jsonl")
+    return {e["step"]: (e["loss"], e["grad_norm"]) for e in events if e["event"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def straight(environment, tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = longspan([*SMOKE, *OVERRIDES, "--run-dir", "run"], environment, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run", done
+
+
+def wait_for_step(run_dir: Path, step: int, process) -> None:
+    deadline = time.monotonic() + 120
+    while step not in losses(run_dir):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_trains_both_stages_and_proves_its_context(straight):
+    run_dir, done = straight
+    steps = losses(run_dir)
+    assert sorted(steps) == list(range(1, 17))
+    assert steps[8][0] < steps[1][0]
+    summary = json.loads((run_dir / "complete.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["base", "stretch"]
+    (proof,) = summary["evaluations"]
+    assert sum(bucket["tokens"] for bucket in proof["buckets"]) == 256 * proof["gain"]["documents"]
+    assert "loss by position" in done.stdout and "standard error" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+
+
+def test_nothing_is_left_of_old_or_unfinished_checkpoints(straight):
+    names = sorted(path.name for path in (straight[0] / "checkpoints").iterdir())
+    assert names == ["step-00000014", "step-00000016"]
+
+
+def test_a_complete_run_is_not_trained_again(straight, environment):
+    run_dir, _ = straight
+    before = (run_dir / "events.jsonl").read_bytes()
+    again = longspan([*SMOKE, *OVERRIDES, "--run-dir", str(run_dir)], environment, run_dir.parent)
+    assert again.returncode == 0 and "is complete" in again.stdout
+    assert (run_dir / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [5, 13])
+def test_killed_in_the_middle_and_resumed_it_ends_bit_equal(straight, environment, tmp_path, step):
+    run_dir = tmp_path / "run"
+    command = [*SMOKE, *OVERRIDES, "--run-dir", str(run_dir)]
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_step(run_dir, step, process)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not (run_dir / "complete.json").exists()
+    resumed = longspan([*RESUME, str(run_dir)], environment, tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert losses(run_dir) == losses(straight[0])
+    proofs = [json.loads((d / "complete.json").read_text()) for d in (run_dir, straight[0])]
+    assert proofs[0]["evaluations"] == proofs[1]["evaluations"]
+    assert proofs[0]["stages"] == proofs[1]["stages"]
+
+
+def test_a_killed_rank_ends_the_run_with_the_command_that_resumes(environment, tmp_path):
+    process = subprocess.Popen(
+        [*SMOKE, *OVERRIDES, "--run-dir", "run"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_step(tmp_path / "run", 4, process)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "longspan.trainer.worker"],
+        capture_output=True,
+        text=True,
+    )
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "SIGKILL" in output and "longspan resume run" in output
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_resumes(straight, environment, tmp_path):
+    process = subprocess.Popen(
+        [*SMOKE, *OVERRIDES, "--run-dir", "run"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run_dir = tmp_path / "run"
+    wait_for_step(run_dir, 3, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "longspan resume run" in output and "Traceback" not in output
+    resumed = longspan([*RESUME, "run"], environment, tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert losses(run_dir) == losses(straight[0])
+
+
+def test_torchrun_gives_the_same_run(straight, environment, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "longspan.cli", *SMOKE[3:], *OVERRIDES, "--run-dir", "run"]
+    done = longspan(command, environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "run") == losses(straight[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_reason(environment, tmp_path):
+    command = [*SMOKE, "--set", "stages.0.optimizer.lr=1e30", "--run-dir", "run"]
+    done = longspan(command, environment, tmp_path)
+    assert done.returncode == 2
+    assert "is not finite" in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_full_disk_is_named_and_keeps_the_older_checkpoint(environment, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount the small disk that this test fills")
+    try:
+        run_dir = disk / "run"
+        done = longspan([*SMOKE, *OVERRIDES, "--run-dir", str(run_dir)], environment, tmp_path)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "no space left for a checkpoint" in done.stderr
+        assert "Traceback" not in done.stderr + done.stdout
+        assert list(run_dir.glob("checkpoints/step-*/COMMITTED"))
+        assert not list(run_dir.glob("checkpoints/*.tmp"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_damaged_checkpoint_is_named(straight, environment, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    (tmp_path / "run" / "complete.json").unlink()
+    newest = tmp_path / "run" / "checkpoints" / "step-00000016"
+    for shard in newest.glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    done = longspan([*RESUME, "run"], environment, tmp_path)
+    assert done.returncode == 2
+    assert "step-00000016" in done.stderr and "cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
