@@ -102,7 +102,7 @@ def attend_backward(
     lse_TH = lse_TH.to(q.dtype)
     sums: tuple[Tensor, Tensor, Tensor] | None = None
     for rows, keys, how in chain.from_iterable(_calls(reach, g, q) for g in reach.pieces):
-        parts = _kernel(q).backward(
+        parts = kernel_for(q).backward(
             dout[rows], q[rows], k[keys], v[keys], out[rows], lse_TH[rows], scale=scale, **how
         )
         if len(parts[0]) == len(q) and len(parts[1]) == len(k):
@@ -136,7 +136,8 @@ def _check(q_THD: Tensor, k_SGD: Tensor, v_SGV: Tensor, reach: Reach) -> None:
     assert k_SGD.shape[1] == v_SGV.shape[1] and q_THD.shape[2] == k_SGD.shape[2], v_SGV.shape
 
 
-def _kernel(x: Tensor) -> ModuleType:
+def kernel_for(x: Tensor) -> ModuleType:
+    """The module that computes attention for tensors on the device of `x`."""
     return cpu if x.device.type == "cpu" else plain
 
 
@@ -153,7 +154,7 @@ def _attend_group(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of the group's rows: its pieces, merged."""
     parts = [
-        _kernel(q).forward(q[rows], k[keys], v[keys], scale=scale, **how)
+        kernel_for(q).forward(q[rows], k[keys], v[keys], scale=scale, **how)
         for rows, keys, how in _calls(reach, group, q)
     ]
     return reduce(lambda a, b: merge(*a, *b), parts)

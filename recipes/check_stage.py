@@ -12,8 +12,6 @@ from ..trainer.plan import model_ranks
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
 from .recipe import Recipe
 
-_WSD_DECAY = 0.2
-
 
 def check_stage(recipe: Recipe, stage: StageSettings, index: int, ranks: int) -> Iterator[Problem]:
     """What is wrong with a stage; paths start at `stages.N`.
@@ -87,7 +85,7 @@ def _check_optimizer(optimizer: OptimizerSettings, at: str) -> Iterator[Problem]
             fix = "remove it, or set schedule: wsd"
             yield Problem(f"{at}.decay", str(optimizer.decay), expected, fix)
         return
-    decay = _WSD_DECAY if optimizer.decay is None else optimizer.decay
+    decay = optimizer.decay_share
     if optimizer.warmup + decay > 1:
         got = f"{decay}" + ("" if optimizer.decay else " (the default)")
         expected = f"at most what the warm-up leaves of the stage ({1 - optimizer.warmup:.3g})"

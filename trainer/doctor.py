@@ -101,7 +101,7 @@ def _attention() -> Iterator[Row]:
     from ..kernels import attend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernel = attend._kernel(torch.empty(0, device=device))
+    kernel = attend.kernel_for(torch.empty(0, device=device))
     about = (kernel.__doc__ or "").splitlines()[0].partition(": ")[2]
     yield kernel.__name__.rpartition(".")[2], about, f"for tensors on {device}"
 

@@ -78,7 +78,8 @@ def _gain(documents_N3: torch.Tensor, visible: int) -> dict[str, float | int]:
     limited_N = documents_N3[:, 1] / documents_N3[:, 2]
     gain_N = limited_N - full_N
     count = gain_N.numel()
-    error = float(gain_N.std()) / math.sqrt(count) if count > 1 else math.inf
+    # One document has no spread; 0 says that there is no standard error.
+    error = float(gain_N.std()) / math.sqrt(count) if count > 1 else 0.0
     return {
         "full": float(full_N.mean()),
         "visible_only": float(limited_N.mean()),

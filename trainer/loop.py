@@ -61,6 +61,7 @@ class Run:
         self.observer.run_started(self._info())
         newest = checkpoints.newest(self.directory.checkpoints)
         cursor = Cursor() if newest is None else checkpoints.read_cursor(newest)
+        done_before = cursor.tokens
         if newest is not None:
             self.observer.message(f"going on from {newest.name}, stage {cursor.stage}")
         while True:
@@ -76,7 +77,8 @@ class Run:
                 return False
             self._close_stage(stage, cursor, end.loss)
             if last:
-                self._finish(stage, cursor, time.monotonic() - begun)
+                seconds = time.monotonic() - begun
+                self._finish(stage, cursor, seconds, (cursor.tokens - done_before) / seconds)
                 return True
             newest = checkpoints.newest(self.directory.checkpoints)
             del stage
@@ -203,7 +205,7 @@ class Run:
         self.observer.evaluated("context", cursor.step, proof["gain"])
         return proof
 
-    def _finish(self, stage: _Stage, cursor: Cursor, seconds: float) -> None:
+    def _finish(self, stage: _Stage, cursor: Cursor, seconds: float, speed: float) -> None:
         if not self.first:
             return
         reports = [
@@ -214,6 +216,7 @@ class Run:
             "steps": cursor.step,
             "tokens": cursor.tokens,
             "wall_s": seconds,
+            "tokens_per_s": speed,
             "parameters": stage.engine.parameters,
             "checkpoint": str(self.directory.checkpoints / checkpoints.name(cursor)),
             "stages": reports,

@@ -93,6 +93,11 @@ class OptimizerSettings(Settings):
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
 
+    @property
+    def decay_share(self) -> float:
+        """Share of a wsd stage's steps that decay."""
+        return 0.2 if self.decay is None else self.decay
+
 
 class StageSettings(Settings):
     """One part of a run: its length, tokens, RoPE, learning rate, data and layout."""
@@ -159,7 +164,7 @@ class RunSettings(Settings):
     """Everything that decides what a run computes."""
 
     seed: int = Field(default=1234, ge=0)
-    """Decides initial weights, the held-out order, the data order and dropout."""
+    """Decides the initial weights and the order of the data."""
 
     ranks: int | None = Field(default=None, ge=1)
     """Processes; left out: one per GPU, or on a CPU the fewest that the stages' layouts need."""

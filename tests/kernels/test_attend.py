@@ -20,7 +20,7 @@ def kernel(request, monkeypatch):
     """Both kernels run on a CPU; the plain one with tiles small enough that it loops."""
     if request.param == "plain":
         monkeypatch.setattr(plain, "MAX_SCORES", 2**10)
-        monkeypatch.setattr(sys.modules[attend.__module__], "_kernel", lambda _: plain)
+        monkeypatch.setattr(sys.modules[attend.__module__], "kernel_for", lambda _: plain)
 
 
 def draw(reach, keys, heads=(4, 2), dims=(5, 5), dtype=torch.float64, seed=0):

@@ -21,7 +21,12 @@ OVERRIDES = ["--set", "stages.0.tokens=8K", "--set", "stages.1.tokens=8K"]
 def environment(tmp_path_factory):
     """One cache for all runs of this file."""
     cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "LONGSPAN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "WANDB_MODE": ""}
+    return {
+        **os.environ,
+        "LONGSPAN_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "disabled",
+    }
 
 
 def longspan(command, environment, cwd, **options):

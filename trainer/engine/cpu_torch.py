@@ -120,7 +120,7 @@ class TorchView(types.ModuleType):
         super().__init__("torch")
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
-        # `tensor.cuda()` is compiled to `tensor.cpu()` where megatron needs it (megatron_hooks.py);
+        # `tensor.cuda()` is compiled to `tensor.cpu()` where megatron needs it (hooks.py);
         # the same rewrite turns `torch.cuda` into `torch.cpu`, hence one namespace, two names.
         self.cuda = self.cpu = _cuda_namespace()
         self.device = _device

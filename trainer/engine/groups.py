@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -44,8 +43,3 @@ def seed_step(groups: ProcessGroupCollection, *key: object) -> None:
 def is_reporting_rank(groups: ProcessGroupCollection) -> bool:
     """Whether this rank adds its losses to the global sums: one per (data, context) place."""
     return groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
-
-
-def world_size() -> int:
-    """Ranks of the run."""
-    return dist.get_world_size()

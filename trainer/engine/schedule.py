@@ -6,8 +6,6 @@ import math
 
 from ..settings import OptimizerSettings
 
-_WSD_DECAY = 0.2
-
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     """Rate of a stage's `step` (counted from 0) out of `steps`.
@@ -23,8 +21,7 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
         return peak
     first = warmup
     if settings.schedule == "wsd":
-        share = _WSD_DECAY if settings.decay is None else settings.decay
-        first = max(warmup, steps - round(share * steps))
+        first = max(warmup, steps - round(settings.decay_share * steps))
     if step < first:
         return peak
     done = (step - first + 1) / max(1, steps - first)

@@ -44,6 +44,8 @@ MOE_LAYOUTS = {
     "ep2": (2, {"expert": 2}),
     "cp2_ep2": (2, {"expert": 2, "context": 2}),
     "pp2": (2, {"pipeline": 2}),
+    # With EP 1 megatron does not sum the experts' gradients over the tensor ranks by itself.
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
     "tp2_sp_ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}),
 }
 
