@@ -9,6 +9,8 @@ def count_parameters(model: ModelSettings, vocab: int) -> int:
     """Parameters of the whole model for a vocabulary of `vocab` tokens, padding not counted."""
     hidden, width = model.hidden, model.head_width
     attention = hidden * width * (2 * model.heads + 2 * model.kv_heads)
+    if model.qkv_bias:
+        attention += width * (model.heads + 2 * model.kv_heads)
     norms = 2 * hidden + (2 * width if model.qk_norm else 0)
     mlp = 3 * hidden * model.ffn_hidden
     if model.moe is not None:

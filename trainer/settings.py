@@ -45,6 +45,9 @@ class ModelSettings(Settings):
     ffn_hidden: int = Field(ge=1)
     """Hidden units of the MLP, or of each expert."""
 
+    qkv_bias: bool = False
+    """Bias on queries, keys and values, as Qwen2.5 has; positions are learned sooner with it."""
+
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys, before RoPE."""
 

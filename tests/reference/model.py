@@ -46,7 +46,9 @@ def _rotate(x_THD, position_T, base):
 
 def _attention(x_TE, w, model, mask_TT, position_T, base):
     tokens, width, per_group = len(x_TE), model.head_width, model.heads // model.kv_heads
-    qkv = (x_TE @ w["self_attention.linear_qkv.weight"].T).view(tokens, -1, per_group + 2, width)
+    bias = w.get("self_attention.linear_qkv.bias", 0.0)
+    qkv = x_TE @ w["self_attention.linear_qkv.weight"].T + bias
+    qkv = qkv.view(tokens, -1, per_group + 2, width)
     q, k, v = qkv[:, :, :-2].reshape(tokens, -1, width), qkv[:, :, -2], qkv[:, :, -1]
     if model.qk_norm:
         q = _norm(q, w["self_attention.q_layernorm.weight"], model)

@@ -27,7 +27,7 @@ def initialize(
     """Fill every parameter of this rank's part of the model in place.
 
     Matrices are normal with `std`; those that write into the residual stream are scaled by
-    1/sqrt(2 * layers) (GPT-2). Norm weights are one.
+    1/sqrt(2 * layers) (GPT-2). Norm weights are one, biases zero.
 
     Args:
         model: A rank's model chunk, not yet wrapped.
@@ -41,7 +41,7 @@ def initialize(
     with torch.no_grad():
         for name, parameter in _global_names(model):
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = re.search(r"(linear_proj|linear_fc2)\.weight$", name) is not None
             scale = std / math.sqrt(2 * layers) if residual else std

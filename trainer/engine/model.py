@@ -66,6 +66,7 @@ def transformer_config(run: RunSettings, stage: StageSettings) -> TransformerCon
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,

@@ -49,7 +49,6 @@ class SelfAttention(MegatronModule):
         self.heads_per_group = heads // groups
         shared: dict[str, Any] = {
             "config": config,
-            "bias": False,
             "tp_group": pg_collection.tp,
             "is_expert": False,
         }
@@ -57,6 +56,7 @@ class SelfAttention(MegatronModule):
             config.hidden_size,
             (heads + 2 * groups) * width,
             init_method=leave_empty,
+            bias=config.add_qkv_bias,
             gather_output=False,
             skip_bias_add=False,
             **shared,
@@ -65,6 +65,7 @@ class SelfAttention(MegatronModule):
             heads * width,
             config.hidden_size,
             init_method=leave_empty,
+            bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
             **shared,

@@ -64,6 +64,7 @@ def test_moe_layout_equals_one_rank(worlds, moe_one_rank, name):
 
 VARIANTS = {
     "untied": {"model__tied_embeddings": False},
+    "qkv_bias": {"model__qkv_bias": True},
     "recompute": {"recompute": "full"},
     "micro_batch": {"stage__micro_batch": 2},
 }

@@ -23,10 +23,12 @@ def logits_and_gradients(run, sample):
     return weights, logits, sums["loss"] / sums["tokens"], gradients
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_loss_and_all_gradients_equal_the_twin(worlds, tied):
+@pytest.mark.parametrize(
+    "change", [{}, {"model__tied_embeddings": False}, {"model__qkv_bias": True}], ids=str
+)
+def test_logits_loss_and_all_gradients_equal_the_twin(worlds, change):
     # Clipping happens in place.
-    run = tiny_run(model__tied_embeddings=tied, stage__optimizer__clip=0)
+    run = tiny_run(**change, stage__optimizer__clip=0)
     sample = random_sample(3)
     weights, logits, loss, gradients = worlds(1).run(logits_and_gradients, run, sample)[0]
     wide = {name: w.double().requires_grad_() for name, w in weights.items()}
