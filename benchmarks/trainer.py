@@ -130,17 +130,19 @@ def our_step(engine: Engine) -> Callable[[torch.Tensor], float]:
     return step
 
 
-def main() -> None:
-    """Run both in turn and print the ratio."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run both sides in turn."""
     run = settings(args.length, args.batch)
     engine = Engine(run, run.stages[0], VOCAB)
     sides = {
@@ -161,14 +163,22 @@ def main() -> None:
     assert drift < 1e-3, f"the two sides do not train the same model: {losses}"
     tokens = args.length * args.batch
     median = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    result = {
+    ratios = [theirs / ours for theirs, ours in zip(*seconds.values(), strict=True)]
+    return {
         "tokens_per_s": median,
         "ratio": median["longspan"] / median["transformers"],
-        "ratio_of_each_step": [
-            theirs / ours for theirs, ours in zip(*seconds.values(), strict=True)
-        ],
+        "ratio_of_each_step": ratios,
         "largest_loss_difference": drift,
         "parameters": engine.parameters,
+    }
+
+
+def main() -> None:
+    """Measure, print and write the result with what it ran on."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    result = measure(args) | {
         "length": args.length,
         "batch": args.batch,
         "threads": args.threads,

@@ -19,7 +19,7 @@ _MODEL = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 # End-of-text tokens of well-known families, for folders that do not name theirs.
-_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "</s>", "<eos>")
 PART_CHARACTERS = 2**20
 """Longer texts are encoded in parts: the tokenizers library takes over 100 bytes a character."""
 

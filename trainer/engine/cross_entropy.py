@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 def linear_cross_entropy(
@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_VE = weight_VE[:valid]
         losses_T = torch.empty_like(weights_T)
         d_hidden_TE = torch.empty_like(hidden_TE) if with_grad else None
-        d_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if with_grad else None
+        d_weight_VE = torch.empty_like(weight_VE, dtype=torch.float32) if with_grad else None
         chunk = max(16, _CHUNK_BYTES // (4 * max(1, valid)))
         for start in range(0, hidden_TE.shape[0], chunk):
             part = slice(start, start + chunk)
@@ -80,12 +80,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _subtract_targets(d_logits_CV, labels_T[part] - first)
             d_logits_CV = d_logits_CV.mul_(weights_T[part, None]).to(hidden_TE.dtype)
             torch.mm(d_logits_CV, rows_VE, out=d_hidden_TE[part])
-            if d_weight_VE.dtype == hidden_TE.dtype:
-                d_weight_VE[:valid].addmm_(d_logits_CV.T, hidden_CE)
-            else:
-                d_weight_VE[:valid].add_(d_logits_CV.T @ hidden_CE)
-        if with_grad:
-            assert d_weight_VE is not None
+            _accumulate(d_weight_VE[:valid], d_logits_CV.T, hidden_CE, first=start == 0)
+        if d_weight_VE is not None:
+            d_weight_VE[valid:] = 0
             ctx.save_for_backward(d_hidden_TE, d_weight_VE.to(weight_VE.dtype))
         ctx.mark_non_differentiable(losses_T)
         return (losses_T * weights_T).sum(), losses_T
@@ -97,6 +94,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if scale.is_cuda or scale.item() != 1:  # on a CPU, reading it is free
             d_hidden_TE, d_weight_VE = d_hidden_TE * scale, d_weight_VE * scale
         return d_hidden_TE, d_weight_VE, None, None, None, None, None
+
+
+def _accumulate(
+    sum_VE: torch.Tensor, left_VC: torch.Tensor, right_CE: torch.Tensor, *, first: bool
+) -> None:
+    """Add a product to an fp32 sum, or begin the sum with it."""
+    if left_VC.dtype != sum_VE.dtype:
+        product_VE = left_VC @ right_CE
+        _ = sum_VE.copy_(product_VE) if first else sum_VE.add_(product_VE)
+    elif first:
+        torch.mm(left_VC, right_CE, out=sum_VE)
+    else:
+        sum_VE.addmm_(left_VC, right_CE)
 
 
 def _losses(

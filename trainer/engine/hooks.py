@@ -157,6 +157,7 @@ def install() -> None:
     # Megatron warns of every optional package that is not there; `longspan doctor` tells it once.
     for origin in ("megatron", "transformer_engine", "modelopt"):
         warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     # Of names that newer torch releases give to what megatron calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed(\.|$)")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -186,7 +187,8 @@ def mend_router() -> None:
     router = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
     require(router, "attach_and_log_load_balancing_loss")
     original = router.attach_and_log_load_balancing_loss
-    if getattr(original, "counts_the_group", False):
+    # 0.19 has mended it the same way.
+    if "tp_cp_group" in original.__code__.co_names or hasattr(original, "__wrapped__"):
         return
 
     @functools.wraps(original)
@@ -197,7 +199,6 @@ def mend_router() -> None:
         bound.arguments["valid_token_count"] = tokens * bound.arguments["reduce_group"].size()
         return original(*bound.args, **bound.kwargs)
 
-    attach.__dict__["counts_the_group"] = True
     router.attach_and_log_load_balancing_loss = attach
 
 

@@ -136,7 +136,7 @@ class Optimizer:
         shards are disjoint over data and context ranks, megatron leaves out what tensor ranks and
         tied embeddings hold twice.
         """
-        grads = [g for part in self._parts for g in part.get_main_grads_for_grad_norm()]
+        grads = [grad for part in self._parts for grad in _counted_gradients(part)]
         if not grads:
             return torch.zeros((), device=self._device())
         return torch.stack([torch.linalg.vector_norm(g) for g in grads]).square().sum()
@@ -151,6 +151,13 @@ class Optimizer:
 
     def _device(self) -> torch.device:
         return self.megatron.get_loss_scale().device
+
+
+def _counted_gradients(part: Any) -> list[torch.Tensor]:
+    """The gradients that count towards the norm; megatron-core 0.19 shortened the name."""
+    if hasattr(part, "get_main_grads_for_grad_norm"):
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()
 
 
 def _chained(megatron: Any) -> list[Any]:
