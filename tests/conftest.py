@@ -8,6 +8,7 @@ import pytest
 
 # Spawned ranks unpickle test functions by module name.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from support.world import World

@@ -79,7 +79,8 @@ def directory(tmp_path):
     return create_or_open(tmp_path / "runs" / "tiny", settings(), "tiny")
 
 
-def test_auto_is_off_without_any_set_up():
+def test_auto_is_off_without_any_set_up(monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     assert tracking.resolve_mode(AUTO) == "off"
     assert "wandb" not in sys.modules
 
@@ -131,6 +132,7 @@ def test_online_without_a_key_is_an_error_before_training(monkeypatch):
 
 
 def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for attempt in (1, 2):
         observer = open_observer(directory, settings("auto"), rank=0)
