@@ -1,4 +1,7 @@
-"""Worlds of gloo ranks, started once per session and shared by all tests."""
+"""Worlds of gloo ranks, shared by the tests of a file.
+
+Not by all files: every process group that a test leaves behind keeps threads that poll.
+"""
 
 import os
 import sys
@@ -14,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from support.world import World
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worlds():
     """`worlds(n)` is a World of n ranks."""
     started: dict[int, World] = {}
