@@ -1,19 +1,28 @@
 """Packing and samples one token at a time, straight from their definition."""
 
 
-def naive_sequences(lengths, sequence_length, orders, look_ahead):
+def naive_parts(lengths, sequence_length):
+    """Documents cut every `sequence_length` tokens: (document, position) of each part's tokens."""
+    parts = []
+    for document, length in enumerate(lengths):
+        tokens = [(document, position) for position in range(length)]
+        parts += [tokens[at : at + sequence_length] for at in range(0, length, sequence_length)]
+    return parts
+
+
+def naive_sequences(parts, sequence_length, orders, look_ahead):
     """Sequences as lists of (document, position); the last one is short if the tokens end."""
     sequences, current = [], []
     for order in orders:
         waiting = list(order)
         while waiting:
             gap = sequence_length - len(current)
-            fits = [d for d in waiting[:look_ahead] if lengths[d] <= gap]
-            # max() keeps the first, and so the oldest, of equally large documents.
-            document = max(fits, key=lambda d: lengths[d]) if fits else waiting[0]
-            waiting.remove(document)
-            for position in range(lengths[document]):
-                current.append((document, position))
+            fits = [p for p in waiting[:look_ahead] if len(parts[p]) <= gap]
+            # max() keeps the first, and so the oldest, of equally large parts.
+            part = max(fits, key=lambda p: len(parts[p])) if fits else waiting[0]
+            waiting.remove(part)
+            for token in parts[part]:
+                current.append(token)
                 if len(current) == sequence_length:
                     sequences.append(current)
                     current = []

@@ -1,8 +1,11 @@
 """Puts whole documents into sequences of one length, in an order that depends on nothing else.
 
-A document is split only where none of the next ones fits: the best fit within a short look-ahead
-of the shuffled stream (after best-fit packing, Ding et al. 2024, arXiv 2404.10830), so that the
-order stays close to the shuffle and every token of an epoch appears exactly once.
+A document longer than a sequence is first cut into parts that fill one each, and parts are
+shuffled like documents: a long document trained on in one go is learned by heart for the moment
+and forgotten again, instead of being read. A part is split only where none of the next ones fits:
+the best fit within a short look-ahead of the shuffled stream (after best-fit packing, Ding et al.
+2024, arXiv 2404.10830), so that the order stays close to the shuffle and every token of an epoch
+appears exactly once.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 LOOK_AHEAD = 256
-"""Documents of the stream among which the best fit is sought."""
+"""Parts of the stream among which the best fit is sought."""
 
 
 class Piece(NamedTuple):
@@ -49,8 +52,9 @@ class Packing:
         assert len(lengths) > 0 and int(lengths.min()) > 0, "every document has a token"
         self.sequence_length = sequence_length
         self.sequences = sequences
-        orders = (epoch_order(len(lengths), seed, stage, epoch) for epoch in count())
-        self._fill = _fill(lengths, sequence_length, orders)
+        parts = _Parts(lengths, sequence_length)
+        orders = (epoch_order(len(parts), seed, stage, epoch) for epoch in count())
+        self._fill = _fill(parts, sequence_length, orders)
         self._pieces = array("q")
         self._ends = array("q", [0])
 
@@ -69,31 +73,52 @@ class Packing:
 
 
 def pack_once(lengths: np.ndarray, sequence_length: int) -> list[list[Piece]]:
-    """Each document once, from the first on; only the last sequence may fall short."""
-    return list(_fill(lengths, sequence_length, [np.arange(len(lengths))]))
+    """Each document once, in their order; only the last sequence may fall short."""
+    parts = _Parts(lengths, sequence_length)
+    return list(_fill(parts, sequence_length, [np.arange(len(parts))]))
 
 
-def epoch_order(documents: int, seed: int, stage: str, epoch: int) -> np.ndarray:
-    """A shuffle of the documents.
+def epoch_order(parts: int, seed: int, stage: str, epoch: int) -> np.ndarray:
+    """A shuffle of the parts.
 
     Raw Philox draws, sorted: unlike `Generator.permutation`, numpy promises them for ever.
     """
     key = hashlib.blake2b(f"{seed}/{stage}/{epoch}".encode(), digest_size=16).digest()
-    draws = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(documents)
+    draws = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(parts)
     return np.argsort(draws, kind="stable")
 
 
+class _Parts:
+    """Documents cut every `longest` tokens, in the documents' order.
+
+    Attributes:
+        documents: The document of each part.
+        starts: Its first token within the document.
+        sizes: Its tokens, at most `longest`.
+    """
+
+    def __init__(self, lengths: np.ndarray, longest: int) -> None:
+        counts = -(-lengths // longest)
+        self.documents = np.repeat(np.arange(len(lengths)), counts)
+        before = np.cumsum(counts) - counts
+        self.starts = (np.arange(len(self.documents)) - before[self.documents]) * longest
+        self.sizes = np.minimum(lengths[self.documents] - self.starts, longest)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
 def _fill(
-    lengths: np.ndarray, sequence_length: int, orders: Iterable[np.ndarray]
+    parts: _Parts, sequence_length: int, orders: Iterable[np.ndarray]
 ) -> Iterator[list[Piece]]:
     """Sequences of exactly `sequence_length` tokens; the last may be shorter if `orders` end."""
     sequence: list[Piece] = []
     gap = sequence_length
     for order in orders:
-        ahead = _LookAhead(lengths[order].tolist())
+        ahead = _LookAhead(parts.sizes[order].tolist())
         for _ in range(len(order)):
             rank, left = ahead.take(gap)
-            document, start = int(order[rank]), 0
+            document, start = int(parts.documents[order[rank]]), int(parts.starts[order[rank]])
             while left >= gap:
                 sequence.append(Piece(document, start, gap))
                 yield sequence
@@ -106,10 +131,10 @@ def _fill(
 
 
 class _LookAhead:
-    """The next documents of one epoch that have not been taken.
+    """The next parts of one epoch that have not been taken.
 
     Args:
-        sizes: Tokens of the epoch's documents, in stream order.
+        sizes: Tokens of the epoch's parts, in stream order.
     """
 
     def __init__(self, sizes: list[int]) -> None:
@@ -120,7 +145,7 @@ class _LookAhead:
         self._window: list[tuple[int, int]] = []
 
     def take(self, gap: int) -> tuple[int, int]:
-        """The largest document that fits the gap, else the oldest: its rank in stream and size."""
+        """The largest part that fits the gap, else the oldest: its rank in stream and its size."""
         sizes, window = self._sizes, self._window
         while self._newest < len(sizes) and len(window) < LOOK_AHEAD:
             insort(window, (sizes[self._newest], -self._newest))

@@ -1,10 +1,12 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longspan.trainer.data import packing
 from longspan.trainer.data.packing import Packing, epoch_order, pack_once
-from reference.packing import naive_sequences
+from reference.packing import naive_parts, naive_sequences
 
 
 def expand(pieces):
@@ -25,15 +27,15 @@ def some_lengths(count, seed=0, largest=60):
 def test_equals_the_naive_packing(lengths, sequence_length, look_ahead, seed):
     lengths = np.array(lengths)
     whole = 3 * int(lengths.sum()) // sequence_length
-    orders = [epoch_order(len(lengths), seed, "s", epoch).tolist() for epoch in range(3)]
-    expected = naive_sequences(lengths, sequence_length, orders, look_ahead)
+    parts = naive_parts(lengths, sequence_length)
+    orders = [epoch_order(len(parts), seed, "s", epoch).tolist() for epoch in range(3)]
+    expected = naive_sequences(parts, sequence_length, orders, look_ahead)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "LOOK_AHEAD", look_ahead)
         packed = Packing(lengths, sequence_length, seed=seed, stage="s", sequences=whole)
         assert [expand(packed[i]) for i in range(whole)] == expected[:whole]
         once = pack_once(lengths, sequence_length)
-    in_order = [range(len(lengths))]
-    naive = naive_sequences(lengths, sequence_length, in_order, look_ahead)
+    naive = naive_sequences(parts, sequence_length, [range(len(parts))], look_ahead)
     assert [expand(pieces) for pieces in once] == naive
 
 
@@ -73,6 +75,15 @@ def test_the_order_is_the_same_on_every_machine_and_for_ever():
 
 
 GOLDEN = [6, 2, 8, 7, 0, 4, 1, 9, 3, 5]
+
+
+def test_parts_of_a_long_document_are_spread_over_the_epoch():
+    packed = Packing(np.array([20_000, *[100] * 800]), 100, seed=0, stage="s", sequences=1000)
+    at = [i for i, pieces in enumerate(packed) if pieces[0].document == 0]
+    assert len(at) == 200
+    neighbours = sum(after - before == 1 for before, after in pairwise(at))
+    # A fifth of the sequences, so that about a fifth are followed by another one.
+    assert neighbours < 80
 
 
 def test_documents_that_fit_stay_whole_where_they_can():

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from longspan.trainer.data.packing import LOOK_AHEAD, Packing, epoch_order
 from longspan.trainer.data.samples import HeldOutSamples, LongDocuments, TrainingSamples, join
-from reference.packing import naive_sample, naive_sequences
+from reference.packing import naive_parts, naive_sample, naive_sequences
 
 
 class Lists:
@@ -40,8 +40,9 @@ def test_training_samples_equal_the_naive_construction():
     documents = Lists(texts)
     total = int(documents.lengths.sum())
     packing = Packing(documents.lengths, 32, seed=2, stage="s", sequences=2 * total // 32)
-    orders = [epoch_order(60, 2, "s", epoch).tolist() for epoch in range(2)]
-    naive = naive_sequences(documents.lengths, 32, orders, LOOK_AHEAD)
+    parts = naive_parts(documents.lengths, 32)
+    orders = [epoch_order(len(parts), 2, "s", epoch).tolist() for epoch in range(2)]
+    naive = naive_sequences(parts, 32, orders, LOOK_AHEAD)
     samples = TrainingSamples(documents, packing)
     assert len(samples) == len(packing)
     for index in range(len(samples)):
@@ -51,16 +52,17 @@ def test_training_samples_equal_the_naive_construction():
 def test_a_split_document_keeps_the_label_at_the_split():
     documents = Lists([list(range(1, 11))])
     packing = Packing(documents.lengths, 4, seed=0, stage="s", sequences=2)
-    first = TrainingSamples(documents, packing)[0]
-    assert first.tokens_T.tolist() == [1, 2, 3, 4]
-    assert first.labels_T.tolist() == [2, 3, 4, 5]
-    assert first.weights_T.tolist() == [1, 1, 1, 1]
+    samples = TrainingSamples(documents, packing)
+    for sample in (samples[0], samples[1]):
+        assert sample.labels_T.tolist() == (sample.tokens_T + 1).tolist()
+        assert sample.weights_T.tolist() == [1, 1, 1, 1]
 
 
 def test_held_out_samples_equal_the_naive_construction_and_label_every_token_once():
     texts = distinct_texts(30, seed=3)
     samples = HeldOutSamples(Lists(texts), 64)
-    naive = naive_sequences([len(t) for t in texts], 64, [range(30)], LOOK_AHEAD)
+    parts = naive_parts([len(text) for text in texts], 64)
+    naive = naive_sequences(parts, 64, [range(len(parts))], LOOK_AHEAD)
     assert len(samples) == len(naive)
     labels = []
     for index in range(len(samples)):
