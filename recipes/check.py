@@ -11,6 +11,7 @@ from ..errors import DataError, Problem, RecipeError
 from ..trainer.data.settings import LocalTokenizer
 from ..trainer.devices import Machine, this_machine
 from ..trainer.plan import model_ranks, plan_stage, run_ranks
+from ..trainer.settings import ModelSettings
 from .check_stage import check_stage
 from .recipe import Recipe
 
@@ -75,6 +76,25 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
     if model.moe and model.moe.top_k > model.moe.experts:
         expected = f"at most model.moe.experts ({model.moe.experts})"
         yield Problem("model.moe.top_k", str(model.moe.top_k), expected)
+    if model.init == "induction":
+        yield from _check_induction(model)
+
+
+def _check_induction(model: ModelSettings) -> Iterator[Problem]:
+    """Two heads of two layers start by hand; they need biases, and embeddings that are tied."""
+    needs = {
+        "layers": ("at least 2", model.layers >= 2),
+        "head_dim": (f"from 16 to hidden ({model.hidden})", 16 <= model.head_width <= model.hidden),
+        "qkv_bias": ("true", model.qkv_bias),
+        "qk_norm": ("false", not model.qk_norm),
+        "tied_embeddings": ("true", model.tied_embeddings),
+    }
+    for name, (needed, met) in needs.items():
+        if not met:
+            value = model.head_width if name == "head_dim" else getattr(model, name)
+            expected = f"{needed}, which model.init induction needs"
+            fix = f"{name}: {needed}, or model.init: random"
+            yield Problem(f"model.{name}", str(value).lower(), expected, fix)
 
 
 def _check_ranks(recipe: Recipe, ranks: int, machine: Machine) -> Iterator[Problem]:

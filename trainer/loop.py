@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from . import checkpoints
 from .checkpoints import Cursor
+from .context_proof import context_proof
 from .data.cache import default_cache
 from .data.corpus import Corpus, prepare_corpus
 from .data.packing import Packing
 from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
 from .engine.engine import Engine
-from .evaluation import context_proof, held_out_loss
+from .evaluation import held_out_loss
 from .observe.observer import Observer
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically

@@ -58,6 +58,10 @@ class ModelSettings(Settings):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
+    init: Literal["random", "induction"] = "random"
+    """induction: two heads start as the pair that copies what followed the last time. Small models
+    trained for minutes do not find it; without it they have no use for a long context."""
+
     moe: MoeSettings | None = None
 
     @property
@@ -147,7 +151,7 @@ class EvaluationSettings(Settings):
     """Held-out sequences of the stage's length per evaluation (fewer if the data end)."""
 
     visible: Length = Field(default=1024, ge=1)
-    """The proof of context compares full context with only the last `visible` tokens."""
+    """The proof compares full context with one cut to the last `visible` tokens or a few more."""
 
     documents: int = Field(default=64, ge=0)
     """Held-out documents of at least the last stage's length in the proof; 0 turns it off."""

@@ -134,6 +134,16 @@ CASES = {
         "defaults.parallel.layout",
         "no effect",
     ),
+    "induction with QK-norm": (
+        ["model.init=induction", "model.qkv_bias=true", "model.qk_norm=true"],
+        "model.qk_norm",
+        "model.init induction needs",
+    ),
+    "induction in narrow heads": (
+        ["model.init=induction", "model.qkv_bias=true", "model.head_dim=8"],
+        "model.head_dim",
+        "from 16 to hidden",
+    ),
     "visible": (["evaluation.visible=4K"], "evaluation.visible", "last stage's length (4096)"),
     "held_out grows": (
         ["stages.1.data={held_out: 0.2}"],

@@ -96,6 +96,31 @@ class LongDocuments:
         return _sample(self.documents, [piece], self.length)
 
 
+def cut_step(length: int, visible: int) -> int:
+    """Neighbouring tokens of a document of `length` tokens that share one cut context."""
+    return max(1, min(visible, length - visible) // 2)
+
+
+def cut_contexts(sample: Sample, visible: int) -> list[Sample]:
+    """A document as short contexts that begin in its middle, several in a sample.
+
+    Every token from `visible` on is weighted in exactly one of them, where it sees at least
+    `visible` and fewer than `visible + cut_step` tokens, itself included.
+
+    Args:
+        sample: One document that fills the sample.
+        visible: Tokens that every weighted token sees at least; less than the sample's.
+    """
+    length = len(sample.tokens_T)
+    step = cut_step(length, visible)
+    starts = range(visible, length, step)
+    ranges = [(start - visible + 1, min(start + step, length)) for start in starts]
+    fit = length // (visible - 1 + step)
+    return [
+        _cut_sample(sample, ranges[at : at + fit], visible - 1) for at in range(0, len(ranges), fit)
+    ]
+
+
 def join(samples: Sequence[Sample]) -> Sample:
     """The samples of a micro-batch as one, their pieces one after another."""
     parts = [samples[0].cu_seqlens]
@@ -107,6 +132,24 @@ def join(samples: Sequence[Sample]) -> Sample:
         torch.cat([sample.weights_T for sample in samples]),
         torch.cat(parts),
     )
+
+
+def _cut_sample(sample: Sample, ranges: Sequence[tuple[int, int]], unweighted: int) -> Sample:
+    """The given token ranges of a document as pieces, of which the first tokens weigh nothing."""
+    tokens_T = torch.zeros_like(sample.tokens_T)
+    labels_T = torch.zeros_like(sample.labels_T)
+    weights_T = torch.zeros_like(sample.weights_T)
+    bounds = [0]
+    for first, last in ranges:
+        begin, end = bounds[-1], bounds[-1] + last - first
+        tokens_T[begin:end] = sample.tokens_T[first:last]
+        labels_T[begin:end] = sample.labels_T[first:last]
+        weights_T[begin + unweighted : end] = sample.weights_T[first + unweighted : last]
+        bounds.append(end)
+    if bounds[-1] < len(tokens_T):
+        bounds.append(len(tokens_T))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    return Sample(tokens_T, labels_T, weights_T, cu_seqlens)
 
 
 def _sample(documents: Documents, pieces: Sequence[Piece], sequence_length: int) -> Sample:

@@ -113,15 +113,15 @@ class Engine:
         return self.optimizer.step(lr, loss, tokens, flag)
 
     @torch.no_grad()
-    def losses(self, sample: Sample, window: int | None = None) -> torch.Tensor | None:
+    def losses(self, sample: Sample) -> torch.Tensor | None:
         """Losses [T] of a sample's tokens on this context rank, in its local order.
 
-        Returns None on ranks before the last pipeline rank. `window` limits what a token sees.
+        Returns None on ranks before the last pipeline rank.
         """
         build = self.builder(int(sample.cu_seqlens[-1]))
         self.chunk.eval()
         reports = self._forward_backward(
-            iter([build(sample, window)]), 1, forward_only=True, tokens=build.layout.length
+            iter([build(sample)]), 1, forward_only=True, tokens=build.layout.length
         )
         self.chunk.train()
         return reports[0][2] if reports else None

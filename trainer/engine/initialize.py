@@ -14,6 +14,12 @@ import re
 import torch
 from torch import nn
 
+from ...attention.settings import RopeSettings
+from ..settings import ModelSettings
+from .induction import InductionStart
+
+_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+
 
 def stable_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts; the same in every process and Python."""
@@ -22,32 +28,41 @@ def stable_seed(*parts: object) -> int:
 
 
 def initialize(
-    model: nn.Module, *, seed: int, std: float, layers: int, vocab: int, tp_rank: int, tp_size: int
+    model: nn.Module,
+    settings: ModelSettings,
+    rope: RopeSettings,
+    *,
+    seed: int,
+    vocab: int,
+    tp_rank: int,
+    tp_size: int,
 ) -> None:
     """Fill every parameter of this rank's part of the model in place.
 
-    Matrices are normal with `std`; those that write into the residual stream are scaled by
-    1/sqrt(2 * layers) (GPT-2). Norm weights are one, biases zero.
+    Matrices are normal with `init_std`; those that write into the residual stream are scaled by
+    1/sqrt(2 * layers) (GPT-2). Norm weights are one, biases zero. `init: induction` then changes
+    two heads.
 
     Args:
         model: A rank's model chunk, not yet wrapped.
+        settings: The whole model.
+        rope: Of the stage.
         seed: The run's seed.
-        std: Standard deviation.
-        layers: Layers of the whole model.
         vocab: Real vocabulary size; padding rows are zero.
         tp_rank: This rank within its tensor group.
         tp_size: Ranks of the tensor group.
     """
+    start = None
+    if settings.init == "induction":
+        generator = torch.Generator().manual_seed(stable_seed(seed, "induction"))
+        start = InductionStart(settings, rope, generator)
     with torch.no_grad():
         for name, parameter in _global_names(model):
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-                continue
-            residual = re.search(r"(linear_proj|linear_fc2)\.weight$", name) is not None
-            scale = std / math.sqrt(2 * layers) if residual else std
-            parameter.copy_(
-                _part(parameter, name, vocab, tp_rank, tp_size, stable_seed(seed, name), scale)
-            )
+            split = _split_over_tensor_ranks(parameter, name)
+            full = _full(parameter, name, settings, seed, vocab, tp_size if split else 1)
+            if start is not None:
+                start.fill(name, full)
+            parameter.copy_(_part(full, parameter, name, tp_rank, tp_size) if split else full)
 
 
 def leave_empty(weight: torch.Tensor) -> torch.Tensor:
@@ -81,34 +96,34 @@ def _global_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-def _part(
-    parameter: nn.Parameter,
-    name: str,
-    vocab: int,
-    tp_rank: int,
-    tp_size: int,
-    seed: int,
-    std: float,
+def _split_over_tensor_ranks(parameter: nn.Parameter, name: str) -> bool:
+    """Experts are spread over ranks whole (expert tensor parallelism is 1)."""
+    return "experts" not in name and getattr(parameter, "tensor_model_parallel", False)
+
+
+def _full(
+    parameter: nn.Parameter, name: str, settings: ModelSettings, seed: int, vocab: int, parts: int
 ) -> torch.Tensor:
-    """This rank's part of the parameter's full tensor."""
-    generator = torch.Generator().manual_seed(seed)
+    """The parameter's tensor over all tensor ranks."""
+    shape = list(parameter.shape)
+    shape[parameter.__dict__.get("partition_dim", 0)] *= parts
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)
+    std = settings.init_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * settings.layers)
+    generator = torch.Generator().manual_seed(stable_seed(seed, name))
+    full = torch.zeros(shape)
+    rows = vocab if name.endswith(_VOCABULARY) else shape[0]
+    full[:rows] = torch.randn(rows, shape[1], generator=generator) * std
+    return full
 
-    def draw(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * std
 
-    rows, columns = parameter.shape
-    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-        full = torch.zeros(rows * tp_size, columns)
-        full[:vocab] = draw(vocab, columns)
-        return full.chunk(tp_size, dim=0)[tp_rank]
-    # Experts are spread over ranks whole (expert tensor parallelism is 1).
-    whole = "experts" in name or not getattr(parameter, "tensor_model_parallel", False)
-    if tp_size == 1 or whole:
-        return draw(rows, columns)
-    if parameter.__dict__["partition_dim"] == 1:
-        return draw(rows, columns * tp_size).chunk(tp_size, dim=1)[tp_rank]
-    full = draw(rows * tp_size, columns)
+def _part(
+    full: torch.Tensor, parameter: nn.Parameter, name: str, tp_rank: int, tp_size: int
+) -> torch.Tensor:
+    """This tensor rank's part."""
     if "linear_fc1" in name:  # gate and up are split each on its own
         gate, up = full.chunk(2, dim=0)
         return torch.cat([half.chunk(tp_size, dim=0)[tp_rank] for half in (gate, up)])
-    return full.chunk(tp_size, dim=0)[tp_rank]
+    return full.chunk(tp_size, dim=parameter.__dict__["partition_dim"])[tp_rank]

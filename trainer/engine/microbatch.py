@@ -47,8 +47,8 @@ class BatchBuilder:
         self.rope, self.head_width = rope, head_width
         self.device = device
 
-    def __call__(self, sample: Sample, window: int | None = None) -> MicroBatch:
-        """The rank's part of `sample`; `window` limits what a token sees to the last tokens."""
+    def __call__(self, sample: Sample) -> MicroBatch:
+        """The rank's part of `sample`."""
         index_T = self.index_T
         lengths = sample.cu_seqlens.diff().long()
         starts_T = torch.repeat_interleave(sample.cu_seqlens[:-1].long(), lengths)
@@ -56,7 +56,7 @@ class BatchBuilder:
         positions_T = positions_T.to(self.device)
         context = Context(
             cp=self.exchange,
-            reach=Reach.documents(sample.cu_seqlens, window=window).rows(index_T),
+            reach=Reach.documents(sample.cu_seqlens).rows(index_T),
             rope=RotaryTable.build(positions_T, self.rope, self.head_width),
             positions_T=positions_T,
         )

@@ -173,9 +173,9 @@ class LongModel(GPTModel):
                 setattr(parameter, "allreduce", False)  # noqa: B010
         initialize(
             self,
+            run.model,
+            stage.rope,
             seed=run.seed,
-            std=run.model.init_std,
-            layers=run.model.layers,
             vocab=vocab,
             tp_rank=groups.tp.rank(),
             tp_size=groups.tp.size(),

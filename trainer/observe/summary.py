@@ -8,7 +8,7 @@ A summary is a plain dict, so that `complete.json` holds it as it is:
      "evaluations": [{"name", "step",
                       "buckets": [{"first", "last", "loss", "tokens"}, ...],
                       "gain": {"full", "visible_only", "gain", "standard_error",
-                               "documents", "visible"}}, ...]}
+                               "documents", "visible", "visible_most"}}, ...]}
 
 Every key may be missing; what is missing is left out of the text. Losses are in nats.
 """
@@ -97,7 +97,8 @@ def _gain_lines(evaluation: Mapping[str, Any]) -> list[str]:
     verdict = f"{gain['gain'] / error:.1f} standard errors" if error > 0 else "no standard error"
     return [
         f"context beyond {gain['visible']:,} tokens: loss {gain['full']:.4f} with all of it, "
-        f"{gain['visible_only']:.4f} with the last {gain['visible']:,} only",
+        f"{gain['visible_only']:.4f} with the last {gain['visible']:,} to "
+        f"{gain['visible_most']:,} only",
         f"gain {gain['gain']:+.4f} +- {error:.4f} over {gain['documents']} documents ({verdict}): "
         + ("the model uses its context" if sure else "no proof that the model uses its context"),
     ]

@@ -1,7 +1,14 @@
 import numpy as np
+import pytest
 import torch
 from longspan.trainer.data.packing import LOOK_AHEAD, Packing, epoch_order
-from longspan.trainer.data.samples import HeldOutSamples, LongDocuments, TrainingSamples, join
+from longspan.trainer.data.samples import (
+    HeldOutSamples,
+    LongDocuments,
+    TrainingSamples,
+    cut_contexts,
+    join,
+)
 from reference.packing import naive_parts, naive_sample, naive_sequences
 
 
@@ -91,6 +98,25 @@ def test_long_documents_are_longer_than_the_length_and_evenly_spaced():
     assert sample.labels_T.tolist() == list(range(2, 10))
     assert sample.weights_T.tolist() == [1] * 8
     assert sample.cu_seqlens.tolist() == [0, 8]
+
+
+@pytest.mark.parametrize(("length", "visible"), [(40, 10), (40, 39), (40, 30), (40, 1), (41, 7)])
+def test_a_cut_context_weighs_every_later_token_once_and_shows_enough_before_it(length, visible):
+    document = LongDocuments(Lists([list(range(length + 5))]), length, 1)[0]
+    most = visible + max(1, min(visible, length - visible) // 2) - 1
+    found = []
+    for sample in cut_contexts(document, visible):
+        assert len(sample.tokens_T) == length == int(sample.cu_seqlens[-1])
+        starts = torch.repeat_interleave(sample.cu_seqlens[:-1], sample.cu_seqlens.diff())
+        seen = torch.arange(length) - starts + 1
+        weighted = sample.weights_T == 1
+        assert visible <= int(seen[weighted].min()) and int(seen[weighted].max()) <= most
+        assert torch.equal(sample.labels_T[weighted], sample.tokens_T[weighted] + 1)
+        # What comes before a weighted token is the document's own text, up to its place.
+        first = sample.tokens_T[starts.long()]
+        assert torch.equal(sample.tokens_T[weighted], (first + seen - 1)[weighted])
+        found += sample.tokens_T[weighted].tolist()
+    assert sorted(found) == list(range(visible, length))
 
 
 def test_join_shifts_the_bounds():

@@ -65,6 +65,12 @@ def test_moe_layout_equals_one_rank(worlds, moe_one_rank, name):
 VARIANTS = {
     "untied": {"model__tied_embeddings": False},
     "qkv_bias": {"model__qkv_bias": True},
+    "induction": {
+        "model__init": "induction",
+        "model__qkv_bias": True,
+        "model__qk_norm": False,
+        "model__head_dim": 16,
+    },
     "recompute": {"recompute": "full"},
     "micro_batch": {"stage__micro_batch": 2},
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from longspan.trainer.data.samples import Sample
 from reference.model import naive_logits, naive_loss
 from support.tiny import LENGTH, VOCAB, random_sample, tiny_run
 
@@ -102,3 +103,22 @@ def test_no_mask_of_the_sequence_squared_exists(worlds):
     done, after = worlds(1).run(peak_of_a_forward, run, length)[0]
     assert done
     assert after - before < length * length / 4, "a boolean mask would take four times that"
+
+
+def test_the_induction_start_copies_what_it_has_seen_and_a_random_one_does_not(worlds):
+    random = torch.Generator().manual_seed(0)
+    half = torch.randint(0, VOCAB, (LENGTH // 2,), generator=random)
+    tokens = half.repeat(2)
+    bounds = torch.tensor([0, LENGTH], dtype=torch.int32)
+    sample = Sample(tokens, tokens.roll(-1), torch.ones(LENGTH), bounds)
+    loss = {}
+    for start in ("induction", "random"):
+        run = tiny_run(
+            model={"init": start, "hidden": 64, "head_dim": 32, "qk_norm": False, "qkv_bias": True},
+            stage__rope={"base": 1e6},
+        )
+        logits = worlds(1).run(logits_of, run, [sample])[0][0].log_softmax(-1)
+        loss_T = -logits.gather(1, sample.labels_T[:, None])[:, 0]
+        loss[start] = [float(part.mean()) for part in loss_T.chunk(2)]
+    assert loss["induction"][1] < loss["induction"][0] - 0.1
+    assert abs(loss["random"][1] - loss["random"][0]) < 0.05

@@ -55,6 +55,7 @@ SUMMARY = {
                 "standard_error": 0.03,
                 "documents": 64,
                 "visible": 1024,
+                "visible_most": 1535,
             },
         }
     ],
@@ -78,7 +79,7 @@ run complete: runs/tiny
     position          loss   tokens
     0 to 1,023      5.5000   65,536
     1,024 to 4,095  5.0000  196,608
-  context beyond 1,024 tokens: loss 5.0000 with all of it, 5.1200 with the last 1,024 only
+  context beyond 1,024 tokens: loss 5.0000 with all of it, 5.1200 with the last 1,024 to 1,535 only
   gain +0.1200 +- 0.0300 over 64 documents (4.0 standard errors): the model uses its context
   checkpoint: runs/tiny/checkpoints/step-14
 next:
