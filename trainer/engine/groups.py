@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from ...parallel.settings import ParallelSettings
+from .hooks import require
 from .initialize import stable_seed
 
 
 def build_groups(parallel: ParallelSettings) -> ProcessGroupCollection:
     """Split the world as `parallel` says, ending any split before it."""
+    _end_groups()
     parallel_state.destroy_model_parallel()
     gc.collect()
     parallel_state.initialize_model_parallel(
@@ -26,6 +29,17 @@ def build_groups(parallel: ParallelSettings) -> ProcessGroupCollection:
         create_gloo_process_groups=False,
     )
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _end_groups() -> None:
+    """End the communicators of the split before, which megatron only forgets.
+
+    Every one of them keeps threads, and on a GPU its buffers.
+    """
+    require(parallel_state, "_global_process_group_list")
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # the default group
+            dist.destroy_process_group(group)
 
 
 def seed_step(groups: ProcessGroupCollection, *key: object) -> None:
