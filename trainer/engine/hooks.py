@@ -158,8 +158,12 @@ def install() -> None:
     for origin in ("megatron", "transformer_engine", "modelopt"):
         warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    # Of names that newer torch releases give to what megatron calls.
+    # Of names and argument orders that newer torch releases give to what megatron calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed(\.|$)")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint(\.|$)"
+    )
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         _install_cpu()

@@ -52,8 +52,10 @@ class Optimizer:
         self.settings = settings
         config = OptimizerConfig(
             optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
+            # Every step sets the rate. megatron 0.19 tells parameter groups apart by these two and
+            # would not find a group of a stage with other ones.
+            lr=1.0,
+            min_lr=0.0,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.beta1,
             adam_beta2=settings.beta2,
