@@ -34,7 +34,7 @@ def test_stages_as_columns():
     assert table["tokens per step"] == ["48K", "48K"]
     assert table["sequences per step"] == ["48", "12"]
     assert table["micro-batches"] == ["6 x 4 sequences", "12 x 1 sequence"]
-    assert table["RoPE base"] == ["10,000", "100,000"]
+    assert table["RoPE"] == ["base 10,000", "base 100,000"]
     assert table["learning rate"] == ["0.003 to 0, wsd", "0.001 to 1e-05, cosine"]
     assert table["layout"] == ["DP2", "CP2"]
     assert table["exchange"] == ["-", "all_gather, zigzag"]
