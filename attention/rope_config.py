@@ -296,7 +296,7 @@ def _translated(error: ValidationError, fields: Mapping[str, _Field]) -> Longspa
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else ""
 
 
