@@ -172,8 +172,9 @@ class RopeSettings(Settings):
     @field_validator("nope_layers")
     @classmethod
     def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("each layer once")
+        twice = sorted({layer for layer in value if value.count(layer) > 1})
+        if twice:
+            raise ValueError(f"each layer once, but {', '.join(map(str, twice))} is repeated")
         return tuple(sorted(value))
 
     @property

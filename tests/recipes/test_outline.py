@@ -52,6 +52,16 @@ def test_layouts_warnings_and_one_rank():
     assert "ranks: 1 on 1 GPU" in text
 
 
+def test_rope_in_words():
+    yarn = "{kind: yarn, factor: 4, original_length: 1K}"
+    changes = ["stages.0.rope={rotary_share: 0.5, nope_layers: [0, 3]}"]
+    _, table = rows(*changes, f"stages.1.rope.scaling={yarn}", machine=Machine(gpus=0, cores=2))
+    assert table["RoPE"] == [
+        "base 10,000, 50% of channels, none in layers 0, 3",
+        "base 100,000, yarn x4 from 1,024 tokens",
+    ]
+
+
 @pytest.mark.parametrize(
     ("number", "text"), [(65536, "64K"), (1000, "1,000"), (3 * 2**20, "3M"), (1536, "1,536")]
 )
