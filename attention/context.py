@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.reach import Reach
 from ..parallel.exchange import Exchange
-from .rope import RotaryTable
+from .rope import Rotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,11 +18,11 @@ class Context:
     Attributes:
         cp: Attention over all context ranks.
         reach: For each local token the visible keys, as global positions.
-        rope: Rotations of the local tokens.
+        rope: Rotations of the local tokens; none in a layer without RoPE.
         positions_T: Position of each local token within its document, int64.
     """
 
     cp: Exchange
     reach: Reach
-    rope: RotaryTable
+    rope: Rotation
     positions_T: Tensor

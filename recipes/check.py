@@ -12,6 +12,7 @@ from ..trainer.data.settings import LocalTokenizer
 from ..trainer.devices import Machine, this_machine
 from ..trainer.plan import model_ranks, plan_stage, run_ranks
 from ..trainer.settings import ModelSettings
+from .check_rope import check_induction_rope
 from .check_stage import check_stage
 from .recipe import Recipe
 
@@ -78,6 +79,7 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("model.moe.top_k", str(model.moe.top_k), expected)
     if model.init == "induction":
         yield from _check_induction(model)
+        yield from check_induction_rope(recipe.stages[0].rope, "stages.0.rope")
 
 
 def _check_induction(model: ModelSettings) -> Iterator[Problem]:

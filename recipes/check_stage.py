@@ -10,6 +10,7 @@ from ..parallel.layout import divisor
 from ..parallel.settings import ParallelSettings
 from ..trainer.plan import model_ranks
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
+from .check_rope import check_rope
 from .recipe import Recipe
 
 
@@ -25,6 +26,7 @@ def check_stage(recipe: Recipe, stage: StageSettings, index: int, ranks: int) ->
     at = f"stages.{index}"
     yield from _check_tensor(recipe.model, stage.parallel, f"{at}.parallel")
     yield from _check_experts(recipe.model, stage, f"{at}.parallel", ranks)
+    yield from check_rope(recipe.model, stage, f"{at}.rope")
     yield from _check_optimizer(stage.optimizer, f"{at}.optimizer")
     yield from _check_length(stage, at)
     yield from _check_batch(stage, at, ranks)

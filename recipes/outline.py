@@ -90,7 +90,7 @@ def _column(stage: StageSettings, ranks: int) -> dict[str, str]:
         "tokens per step": exact(tokens),
         "sequences per step": f"{plan.sequences_per_step:,}",
         "micro-batches": f"{plan.micro_batches:,} x {count(stage.micro_batch, 'sequence')}",
-        "RoPE base": f"{stage.rope.base:,g}",
+        "RoPE": stage.rope.words,
         "learning rate": _rate(stage.optimizer),
         "layout": _layout(stage, plan.data),
         "exchange": exchanged,

@@ -143,7 +143,7 @@ class Run:
             "stage_name": stage.settings.name,
             "ranks": dist.get_world_size(),
             "parallel": stage.settings.parallel.model_dump(),
-            "rope": stage.settings.rope.model_dump(),
+            "rope": stage.settings.rope.model_dump(mode="json"),
             "recipe": settings_hash(self.run),
         }
         path = checkpoints.save(
@@ -240,7 +240,7 @@ class Run:
             "length": settings.length,
             "steps": plan.steps,
             "tokens_per_step": plan.sequences_per_step * settings.length,
-            "rope_base": settings.rope.base,
+            "rope": settings.rope.words,
             "parallel": parallel.model_dump() | {"data": plan.data},
             "parameters": stage.engine.parameters,
             "data": stage.corpus.info,

@@ -18,7 +18,8 @@ def test_dense_is_rope_then_attention_on_any_number_of_ranks():
     torch.manual_seed(0)
     q, k, v = (torch.randn(32, heads, 8) for heads in (4, 2, 2))
     reach = Reach.documents(DOCUMENTS)
-    turned = [naive_rope(x, POSITIONS, 500.0) for x in (q, k)]
+    rope = RopeSettings(base=500.0)
+    turned = [naive_rope(x, POSITIONS, rope, 32) for x in (q, k)]
     want, _ = naive_attend(*turned, v, reach.first_T, reach.last_T, 8**-0.5)
     mechanism = make_mechanism(AttentionSettings(mechanism="dense"))
     assert not mechanism.needs_hidden and not list(mechanism.parameters())
@@ -30,7 +31,7 @@ def test_dense_is_rope_then_attention_on_any_number_of_ranks():
             ctx = Context(
                 cp=make_exchange("all_gather", layout, transport),
                 reach=reach.rows(index),
-                rope=RotaryTable.build(POSITIONS[index], RopeSettings(base=500.0), 8),
+                rope=RotaryTable.build(POSITIONS[index], rope, 8, 32),
                 positions_T=POSITIONS[index],
             )
             return mechanism(None, q[index], k[index], v[index], ctx)

@@ -144,6 +144,16 @@ CASES = {
         "model.head_dim",
         "from 16 to hidden",
     ),
+    "induction without RoPE at the start": (
+        ["model.init=induction", "model.qkv_bias=true", "stages.0.rope.nope_layers=[0, 2]"],
+        "stages.0.rope.nope_layers",
+        "0, 2; no layer 0, whose RoPE model.init induction needs",
+    ),
+    "induction in a part of the channels": (
+        ["model.init=induction", "model.qkv_bias=true", "defaults.rope.rotary_share=0.5"],
+        "defaults.rope.rotary_share",
+        "rotary_share: 1, or model.init: random",
+    ),
     "visible": (["evaluation.visible=4K"], "evaluation.visible", "last stage's length (4096)"),
     "held_out grows": (
         ["stages.1.data={held_out: 0.2}"],
@@ -161,6 +171,69 @@ CASES = {
         "tokenizer.json",
     ),
 }
+
+
+YARN = "{kind: yarn, factor: 4, original_length: 1K}"
+LONGROPE = "{kind: longrope, original_length: 1K, short_factors: [1, 2], long_factors: [4]}"
+LLAMA3 = "{kind: llama3, factor: 1, low_freq_factor: 1, high_freq_factor: 4, original_length: 1K}"
+# The same for the RoPE of the second stage, whose heads have 32 channels.
+ROPES = {
+    "odd share": (["rotary_share=0.6"], "rotary_share", "0.6 (19 channels); a share that makes"),
+    "no channels": (["rotary_share=0.01"], "rotary_share", "rotary_share: 0.0625"),
+    "layers beyond": (["nope_layers=[4, 0, 7]"], "nope_layers", "4, 7; layers from 0 to 3"),
+    "ntk of one pair": (
+        ["rotary_share=0.0625", "scaling={kind: ntk, factor: 2}"],
+        "scaling.kind",
+        "2 channels turn",
+    ),
+    "dynamic up to its length": (
+        ["scaling={kind: dynamic, factor: 2, original_length: 4K}"],
+        "scaling.original_length",
+        "4096; less than the stage's length (4096)",
+    ),
+    "linear by 1": (["scaling={kind: linear, factor: 1}"], "scaling", "linear, which changes"),
+    "ntk by 1": (["scaling={kind: ntk, factor: 1}"], "scaling", "ntk, which changes nothing"),
+    "yarn by 1": (
+        ["scaling={kind: yarn, factor: 1, original_length: 1K}"],
+        "scaling",
+        "yarn, which changes nothing",
+    ),
+    "llama3 by 1": ([f"scaling={LLAMA3}"], "scaling", "llama3, which changes nothing"),
+    "no layer turns": (
+        [f"scaling={YARN}", "nope_layers=[0, 1, 2, 3]"],
+        "scaling",
+        "yarn, which changes nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "path", "part"), ROPES.values(), ids=ROPES.keys())
+def test_rope_rule(overrides, path, part):
+    found = problems(*(stage(f"rope.{change}") for change in overrides))
+    assert list(found) == [f"stages.1.rope.{path}"]
+    assert part in found[f"stages.1.rope.{path}"]
+
+
+def test_longrope_has_a_factor_for_each_pair():
+    found = problems(stage(f"rope.scaling={LONGROPE}"))
+    assert found == {
+        "stages.1.rope.scaling.short_factors": "2 factors; 16: one per pair; ",
+        "stages.1.rope.scaling.long_factors": "1 factors; 16: one per pair; ",
+    }
+
+
+@pytest.mark.parametrize("head_dim", [34, 96, 120])
+@pytest.mark.parametrize("share", [0.001, 0.11, 0.29, 0.7])
+def test_the_share_that_is_proposed_works(head_dim, share):
+    def changes(share: str) -> list[str]:
+        return [f"model.head_dim={head_dim}", stage(f"rope.rotary_share={share}")]
+
+    try:
+        check_recipe(load_recipe(TWO_STAGES, changes(str(share))), CPU)
+    except RecipeError as error:
+        (problem,) = error.problems
+        fixed = problem.fix.removeprefix("rotary_share: ")
+        check_recipe(load_recipe(TWO_STAGES, changes(fixed)), CPU)
 
 
 @pytest.mark.parametrize(("overrides", "path", "part"), CASES.values(), ids=CASES.keys())
@@ -184,6 +257,11 @@ def test_rule(overrides, path, part):
         ["evaluation={documents: 0, visible: 4K}"],
         ["stages.1.data={held_out: 0.05}"],
         ["model.head_dim=30", "model.hidden=200"],
+        # A stage may be shorter than what its scaling started from.
+        [f"stages.0.rope.scaling={YARN}", "stages.0.rope.scaling.original_length=8K"],
+        ["stages.1.rope.scaling={kind: dynamic, factor: 1, original_length: 4095}"],
+        ["stages.1.rope={rotary_share: 0.5, nope_layers: [3]}"],
+        ["model.init=induction", "model.qkv_bias=true", "stages.1.rope.nope_layers=[0]"],
     ],
 )  # fmt: skip
 def test_what_works_is_let_through(overrides):

@@ -190,9 +190,64 @@ def test_all_mistakes_at_once_where_they_were_written(tmp_path):
     assert found["model.ffn_hidden"][0] == "nothing"
     assert found["tokenizer.path"][1] == "one of kind, vocab"
     assert "such as 5B" in found["tokenizer.vocab"][1]
-    assert found["defaults.rope.bas"][1:] == ("one of base", "did you mean base?")
+    assert found["defaults.rope.bas"][1:] == (
+        "one of base, scaling, rotary_share, nope_layers",
+        "did you mean base?",
+    )
     assert found["defaults.data.sources.0.paths"][2] == "write it as [x]"
     assert "parquet" in found["defaults.data.sources.1.kind"][1]
+
+
+ROPE_MISTAKES = {
+    "scaling.kind": ("{kind: yarm}", "yarm", "one of linear, ntk, dynamic, yarn, llama3, longrope"),
+    "scaling.factor": ("{kind: linear, factor: 0.5}", "0.5", "at least 1"),
+    "scaling.original_length": ("{kind: dynamic, factor: 2}", "nothing", "a value (Up to this"),
+    "scaling.beta_slow": (
+        "{kind: yarn, factor: 2, original_length: 4K, beta_fast: 2, beta_slow: 3}",
+        "3",
+        "less than beta_fast (2)",
+    ),
+    "scaling.mscale": (
+        "{kind: yarn, factor: 2, original_length: 4K, attention_factor: 1, mscale: 1}",
+        "1",
+        "attention_factor decides",
+    ),
+    "scaling.mscale_all_dim": (
+        "{kind: yarn, factor: 2, original_length: 4K, mscale: 1}",
+        "nothing",
+        "both of mscale and mscale_all_dim",
+    ),
+    "scaling.high_freq_factor": (
+        "{kind: llama3, factor: 2, original_length: 4K, low_freq_factor: 4, high_freq_factor: 4}",
+        "4",
+        "more than low_freq_factor (4)",
+    ),
+    "scaling.long_factors.1": (
+        "{kind: longrope, original_length: 4K, short_factors: [1, 1], long_factors: [1, 0]}",
+        "0",
+        "more than 0",
+    ),
+    "rotary_share": (None, "1.5", "at most 1"),
+    "nope_layers": (None, "[1, 2, 2]", "each layer once, but 2 is repeated"),
+}
+
+
+@pytest.mark.parametrize("path", ROPE_MISTAKES)
+def test_mistakes_of_a_rope_are_named_by_its_path(tmp_path, path):
+    scaling, got, expected = ROPE_MISTAKES[path]
+    change = f"scaling={scaling}" if scaling else f"{path}={got}"
+    found = problems(write(tmp_path / "a.yaml", RECIPE), f"defaults.rope.{change}")
+    assert found.keys() == {f"defaults.rope.{path}"}
+    problem = found[f"defaults.rope.{path}"]
+    assert problem[0] == ("a list of 3" if "[" in got else got) and expected in problem[1]
+
+
+def test_a_stage_without_the_scaling_of_the_others(tmp_path):
+    changes = ["defaults.rope.scaling={kind: linear, factor: 2}", "stages.0.rope.scaling=null"]
+    recipe = load_recipe(write(tmp_path / "a.yaml", RECIPE), changes)
+    assert recipe.stages[0].rope.scaling is None
+    dumped = recipe.stages[0].rope.model_dump(mode="json")
+    assert dumped == {"base": 10000.0, "scaling": None, "rotary_share": 1.0, "nope_layers": []}
 
 
 @pytest.mark.parametrize("change", [{"defaults": 3}, {"stages": {}}, {"stages": []}])

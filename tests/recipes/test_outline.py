@@ -34,7 +34,7 @@ def test_stages_as_columns():
     assert table["tokens per step"] == ["48K", "48K"]
     assert table["sequences per step"] == ["48", "12"]
     assert table["micro-batches"] == ["6 x 4 sequences", "12 x 1 sequence"]
-    assert table["RoPE base"] == ["10,000", "100,000"]
+    assert table["RoPE"] == ["base 10,000", "base 100,000"]
     assert table["learning rate"] == ["0.003 to 0, wsd", "0.001 to 1e-05, cosine"]
     assert table["layout"] == ["DP2", "CP2"]
     assert table["exchange"] == ["-", "all_gather, zigzag"]
@@ -50,6 +50,16 @@ def test_layouts_warnings_and_one_rank():
     text, table = rows(*changes, machine=Machine(gpus=1, cores=1))
     assert table["layout"] == ["one rank", "one rank"]
     assert "ranks: 1 on 1 GPU" in text
+
+
+def test_rope_in_words():
+    yarn = "{kind: yarn, factor: 4, original_length: 1K}"
+    changes = ["stages.0.rope={rotary_share: 0.5, nope_layers: [0, 3]}"]
+    _, table = rows(*changes, f"stages.1.rope.scaling={yarn}", machine=Machine(gpus=0, cores=2))
+    assert table["RoPE"] == [
+        "base 10,000, 50% of channels, none in layers 0, 3",
+        "base 100,000, yarn x4 from 1,024 tokens",
+    ]
 
 
 @pytest.mark.parametrize(

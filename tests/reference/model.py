@@ -2,10 +2,11 @@
 
 import torch
 from longspan.trainer.settings import ModelSettings
+from reference.rope import naive_rope
 
 
-def naive_logits(weights, model: ModelSettings, tokens_T, cu_seqlens, base):
-    """Logits [T, V] from a dict of float64 weights named as in LongModel."""
+def naive_logits(weights, model: ModelSettings, tokens_T, cu_seqlens, rope):
+    """Logits [T, V] from float64 weights named as in LongModel; T is the stage's length."""
     document_T = torch.bucketize(torch.arange(len(tokens_T)), cu_seqlens[1:].long(), right=True)
     position_T = torch.arange(len(tokens_T)) - cu_seqlens.long()[document_T]
     same_TT = document_T[:, None] == document_T[None]
@@ -18,7 +19,8 @@ def naive_logits(weights, model: ModelSettings, tokens_T, cu_seqlens, base):
             if name.startswith(f"decoder.layers.{layer}.")
         }
         normed = _norm(hidden, w["input_layernorm.weight"], model)
-        hidden = hidden + _attention(normed, w, model, mask_TT, position_T, base)
+        turning = None if layer in rope.nope_layers else rope
+        hidden = hidden + _attention(normed, w, model, mask_TT, position_T, turning)
         normed = _norm(hidden, w["pre_mlp_layernorm.weight"], model)
         gate, up = (normed @ w["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
         hidden = hidden + (gate * torch.sigmoid(gate) * up) @ w["mlp.linear_fc2.weight"].T
@@ -37,14 +39,7 @@ def _norm(x, weight, model):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.norm_epsilon) * weight
 
 
-def _rotate(x_THD, position_T, base):
-    half = x_THD.shape[-1] // 2
-    angle = position_T[:, None].double() * base ** -(torch.arange(half).double() / half)
-    turned = torch.complex(x_THD[..., :half], x_THD[..., half:]) * torch.exp(1j * angle)[:, None]
-    return torch.cat([turned.real, turned.imag], dim=-1)
-
-
-def _attention(x_TE, w, model, mask_TT, position_T, base):
+def _attention(x_TE, w, model, mask_TT, position_T, rope):
     tokens, width, per_group = len(x_TE), model.head_width, model.heads // model.kv_heads
     bias = w.get("self_attention.linear_qkv.bias", 0.0)
     qkv = x_TE @ w["self_attention.linear_qkv.weight"].T + bias
@@ -53,7 +48,8 @@ def _attention(x_TE, w, model, mask_TT, position_T, base):
     if model.qk_norm:
         q = _norm(q, w["self_attention.q_layernorm.weight"], model)
         k = _norm(k, w["self_attention.k_layernorm.weight"], model)
-    q, k = _rotate(q, position_T, base), _rotate(k, position_T, base)
+    if rope is not None:
+        q, k = (naive_rope(y, position_T, rope, tokens) for y in (q, k))
     k, v = (y.repeat_interleave(per_group, dim=1) for y in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) * width**-0.5
     scores = scores.masked_fill(~mask_TT, -torch.inf).softmax(-1)

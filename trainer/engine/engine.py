@@ -82,6 +82,7 @@ class Engine:
                 group.rank(),
                 make_exchange(parallel.exchange, layout, DistributedTransport(group)),
                 self.stage.rope,
+                self.stage.length,
                 self.run.model.head_width,
                 self.device,
             )

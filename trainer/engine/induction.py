@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ...attention.rope import inverse_frequencies
+from ...attention.rope import attention_factor, inverse_frequencies
 from ...attention.settings import RopeSettings
 from ..settings import ModelSettings
 
@@ -35,16 +35,20 @@ class InductionStart:
     Args:
         model: Two layers or more, biases on q, k and v, tied embeddings, no QK-norm, and a head
             width from 16 to `hidden`; the recipe's check has seen to it.
-        rope: Of the stage that the weights start in.
+        rope: Of the stage that the weights start in; all channels of the first layer turn.
+        length: Tokens in a sequence of that stage.
         generator: Of the random subspaces; the same on every rank.
     """
 
     def __init__(
-        self, model: ModelSettings, rope: RopeSettings, generator: torch.Generator
+        self, model: ModelSettings, rope: RopeSettings, length: int, generator: torch.Generator
     ) -> None:
         self.width, self.std = model.head_width, model.init_std
         self.key_row = model.heads // model.kv_heads * self.width
-        self.turns = inverse_frequencies(rope, self.width)
+        self.turns = inverse_frequencies(rope, self.width, length)
+        # Queries and keys that turn are multiplied by this before they meet.
+        self.gain = attention_factor(rope, length)
+        self.match_gain = 1.0 if 1 in rope.nope_layers else self.gain
         pairs = self.width // 2
         slow = torch.arange(pairs // 2, pairs)
         self.slow_N = torch.cat([slow, slow + pairs])
@@ -83,7 +87,7 @@ class InductionStart:
     def _position(self, bias: torch.Tensor) -> None:
         """A key that turns with its position, a query that has turned one token less."""
         query_D, key_D, _ = self._query_key_value(bias)
-        size = (_POSITION_SCORE * self.width**0.5) ** 0.5
+        size = (_POSITION_SCORE * self.width**0.5) ** 0.5 / self.gain
         for pair in range(_FAST_PAIRS):
             key_D[pair] = size
             query_D[pair] = size * self.turns[pair].cos()
@@ -103,7 +107,7 @@ class InductionStart:
         query_DE, key_DE, value_DE = self._query_key_value(weight)
         query_DE *= _FAINT
         key_DE *= _FAINT
-        size = (_MATCH_SCORE * self.width**0.5 / len(self.slow_N)) ** 0.5
+        size = (_MATCH_SCORE * self.width**0.5 / len(self.slow_N)) ** 0.5 / self.match_gain
         # Only channels that hardly turn over the context can match at any distance.
         query_DE[self.slow_N] = self.read_NE * size
         key_DE[self.slow_N] = self.write_EN.T * size

@@ -32,6 +32,7 @@ def initialize(
     settings: ModelSettings,
     rope: RopeSettings,
     *,
+    length: int,
     seed: int,
     vocab: int,
     tp_rank: int,
@@ -47,6 +48,7 @@ def initialize(
         model: A rank's model chunk, not yet wrapped.
         settings: The whole model.
         rope: Of the stage.
+        length: Tokens in a sequence of the stage.
         seed: The run's seed.
         vocab: Real vocabulary size; padding rows are zero.
         tp_rank: This rank within its tensor group.
@@ -55,7 +57,7 @@ def initialize(
     start = None
     if settings.init == "induction":
         generator = torch.Generator().manual_seed(stable_seed(seed, "induction"))
-        start = InductionStart(settings, rope, generator)
+        start = InductionStart(settings, rope, length, generator)
     with torch.no_grad():
         for name, parameter in _global_names(model):
             split = _split_over_tensor_ranks(parameter, name)

@@ -175,6 +175,7 @@ class LongModel(GPTModel):
             self,
             run.model,
             stage.rope,
+            length=stage.length,
             seed=run.seed,
             vocab=vocab,
             tp_rank=groups.tp.rank(),

@@ -91,7 +91,8 @@ class SelfAttention(MegatronModule):
         hidden_TE = None
         if self.mechanism.needs_hidden:
             hidden_TE = self._gathered(hidden_states)[:, 0]
-        out_THD = self.mechanism(hidden_TE, q_THD, k_TGD, v_TGD, packed_seq_params.attention)
+        ctx = packed_seq_params.context(self.layer_number - 1)
+        out_THD = self.mechanism(hidden_TE, q_THD, k_TGD, v_TGD, ctx)
         return self.linear_proj(out_THD.reshape(tokens, 1, -1))
 
     def _gathered(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -203,4 +203,4 @@ def duration(seconds: float) -> str:
 
 
 def _is_short(value: Any) -> bool:
-    return isinstance(value, (int, float, str)) and len(str(value)) <= 40
+    return isinstance(value, (int, float, str)) and len(str(value)) <= 80

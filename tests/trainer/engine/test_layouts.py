@@ -67,6 +67,8 @@ VARIANTS = {
     "qkv_bias": {"model__qkv_bias": True},
     "recompute": {"recompute": "full"},
     "micro_batch": {"stage__micro_batch": 2},
+    # Numbered over the whole model: each pipeline rank has one of these layers.
+    "nope": {"stage__rope": {"nope_layers": [0, 3], "rotary_share": 0.5}},
 }
 
 
