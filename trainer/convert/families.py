@@ -8,7 +8,7 @@ default of the family's configuration class in transformers, which differs betwe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,7 @@ HARMLESS = KEPT | {
     "attn_implementation",
     "unk_token_id",
     "sep_token_id",
+    "max_window_layers",
     "add_cross_attention",
     "chunk_size_feed_forward",
     "task_specific_params",
@@ -76,22 +77,29 @@ class OneValue:
     """A field that is accepted in one meaning only.
 
     Attributes:
-        accepts: Whether a value is harmless.
+        values: That are harmless.
         expected: What it has to be, for people.
-        default: What transformers takes where the field is missing; None if then nothing happens.
+        default: What transformers takes where the field is missing.
+        items: A list of nothing but these is harmless, too.
     """
 
-    accepts: Callable[[Any], bool]
+    values: tuple[Any, ...]
     expected: str
     default: Any = None
+    items: frozenset[str] = frozenset()
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the field is harmless with this value."""
+        listed = isinstance(value, list) and all(item in self.items for item in value)
+        return listed or value in self.values
 
 
 def _only(value: Any, *same: Any) -> OneValue:
     """A field that must be `value`, or one of those that mean the same."""
-    return OneValue(lambda found: found in (value, *same), json.dumps(value), value)
+    return OneValue((value, *same), json.dumps(value), value)
 
 
-_NONE = OneValue(lambda found: not found, "nothing")
+_NONE = OneValue((None, [], {}), "nothing")
 _EVERYWHERE = {
     "hidden_act": _only("silu", "swish"),
     "attention_bias": _only(False),
@@ -100,9 +108,7 @@ _EVERYWHERE = {
     "pretraining_tp": _only(1, None),
     "use_sliding_window": _only(False),
     "is_encoder_decoder": _only(False),
-    "layer_types": OneValue(
-        lambda types: not types or set(types) == {"full_attention"}, "full_attention only"
-    ),
+    "layer_types": OneValue((None,), "full_attention only", None, frozenset({"full_attention"})),
     "quantization_config": replace(_NONE, expected="none: weights in bf16 or fp32"),
     "auto_map": replace(_NONE, expected="none: a model's own code is never run"),
 }
@@ -152,7 +158,7 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
 }
-_UNUSED_WINDOW = frozenset({"sliding_window", "max_window_layers"})
+_UNUSED_WINDOW = frozenset({"sliding_window"})
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
 _EXPERTS = {
     "moe_intermediate_size": 768,
