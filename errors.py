@@ -30,6 +30,10 @@ class CheckpointError(LongspanError):
     """A checkpoint that cannot be written, found or read."""
 
 
+class ConversionError(LongspanError):
+    """A Hugging Face checkpoint that cannot be read, or a model that cannot be written as one."""
+
+
 class RunError(LongspanError):
     """A run directory, launch or training step that cannot go on."""
 

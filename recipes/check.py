@@ -77,6 +77,9 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
     if model.moe and model.moe.top_k > model.moe.experts:
         expected = f"at most model.moe.experts ({model.moe.experts})"
         yield Problem("model.moe.top_k", str(model.moe.top_k), expected)
+    if model.moe and model.moe.top_k == 1 and model.moe.normalize:
+        expected = "false with top_k 1: a single weight of 1 teaches the router nothing"
+        yield Problem("model.moe.normalize", "true", expected, "normalize: false, or top_k: 2")
     if model.init == "induction":
         yield from _check_induction(model)
         yield from check_induction_rope(recipe.stages[0].rope, "stages.0.rope")

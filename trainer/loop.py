@@ -144,6 +144,10 @@ class Run:
             "ranks": dist.get_world_size(),
             "parallel": stage.settings.parallel.model_dump(),
             "rope": stage.settings.rope.model_dump(mode="json"),
+            "model": self.run.model.model_dump(mode="json"),
+            "vocab": stage.engine.model.real_vocab,
+            "length": stage.settings.length,
+            "precision": self.run.precision,
             "recipe": settings_hash(self.run),
         }
         path = checkpoints.save(

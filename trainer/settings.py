@@ -24,6 +24,9 @@ class MoeSettings(Settings):
     aux_loss: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing loss; 0 turns it off."""
 
+    normalize: bool = True
+    """The weights of a token's experts add up to 1. false: they are the shares of all experts."""
+
 
 class ModelSettings(Settings):
     """A decoder-only transformer: RMSNorm, SwiGLU, grouped-query attention, RoPE."""

@@ -36,6 +36,11 @@ CASES = {
         "model.moe.top_k",
         "at most model.moe.experts (4)",
     ),
+    "one expert of weight 1": (
+        ["model.moe={experts: 4, top_k: 1}"],
+        "model.moe.normalize",
+        "normalize: false",
+    ),
     "tensor": (
         ["ranks=3", "stages.0.parallel.tensor=3", "stages.1.parallel.context=1"],
         "stages.0.parallel.tensor",

@@ -23,7 +23,7 @@ from ..platform import device
 from ..settings import RunSettings, StageSettings
 from .groups import build_groups, is_reporting_rank, seed_step
 from .microbatch import BatchBuilder, MicroBatch
-from .model import LongModel
+from .model import LongModel, Weights
 from .optimizer import Optimizer, StepSums
 
 
@@ -35,16 +35,23 @@ class Engine:
         stage: The stage's settings.
         vocab: Vocabulary size of the tokenizer.
         train: Whether an optimizer is wanted; without one the engine only evaluates.
+        weights: Where the weights come from, in the place of random ones.
     """
 
     def __init__(
-        self, run: RunSettings, stage: StageSettings, vocab: int, *, train: bool = True
+        self,
+        run: RunSettings,
+        stage: StageSettings,
+        vocab: int,
+        *,
+        train: bool = True,
+        weights: Weights | None = None,
     ) -> None:
         self.run, self.stage = run, stage
         self.device = device()
         self.groups = build_groups(stage.parallel)
         seed_step(self.groups, run.seed, "start")
-        self.model = LongModel(run, stage, vocab, self.groups).to(self.device)
+        self.model = LongModel(run, stage, vocab, self.groups, weights).to(self.device)
         self.config = self.model.config
         self.config.finalize_model_grads_func = finalize_model_grads
         self.reporting = is_reporting_rank(self.groups)

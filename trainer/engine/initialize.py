@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from ...attention.settings import RopeSettings
 from ..settings import ModelSettings
 from .induction import InductionStart
+from .partition import global_names, place_of
 
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
@@ -59,12 +59,12 @@ def initialize(
         generator = torch.Generator().manual_seed(stable_seed(seed, "induction"))
         start = InductionStart(settings, rope, length, generator)
     with torch.no_grad():
-        for name, parameter in _global_names(model):
-            split = _split_over_tensor_ranks(parameter, name)
-            full = _full(parameter, name, settings, seed, vocab, tp_size if split else 1)
+        for name, parameter in global_names(model):
+            place = place_of(parameter, name, tp_rank, tp_size)
+            full = _full(place.shape, name, settings, seed, vocab)
             if start is not None:
                 start.fill(name, full)
-            parameter.copy_(_part(full, parameter, name, tp_rank, tp_size) if split else full)
+            parameter.copy_(place.of(full))
 
 
 def leave_empty(weight: torch.Tensor) -> torch.Tensor:
@@ -72,43 +72,10 @@ def leave_empty(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _global_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters with layer and expert numbers counted over the whole model."""
-    tied = getattr(model, "share_embeddings_and_output_weights", False)
-    offsets: dict[str, tuple[str, int]] = {}
-    for path, module in model.named_modules():
-        layer = getattr(module, "layer_number", None)
-        if layer is not None and re.fullmatch(r"decoder\.layers\.\d+", path):
-            offsets[f"{path}."] = ("layer", layer - 1)
-        experts = getattr(module, "local_expert_indices", None)
-        if experts is not None:
-            for local, expert in enumerate(experts):
-                offsets[f"{path}.experts.local_experts.{local}."] = ("expert", expert)
-    named = []
-    for path, parameter in model.named_parameters():
-        name = path
-        for prefix, (kind, index) in offsets.items():
-            if path.startswith(prefix):
-                tail = path.removeprefix(prefix)
-                name = f"{kind}.{index}.{tail}" if kind == "layer" else f"{name}@expert.{index}"
-        if name == "output_layer.weight" and tied:
-            name = "embedding.word_embeddings.weight"  # the last pipeline rank's copy
-        # The local number of an expert says nothing about which expert it is.
-        named.append((re.sub(r"local_experts\.\d+\.", "", name), parameter))
-    return named
-
-
-def _split_over_tensor_ranks(parameter: nn.Parameter, name: str) -> bool:
-    """Experts are spread over ranks whole (expert tensor parallelism is 1)."""
-    return "experts" not in name and getattr(parameter, "tensor_model_parallel", False)
-
-
 def _full(
-    parameter: nn.Parameter, name: str, settings: ModelSettings, seed: int, vocab: int, parts: int
+    shape: tuple[int, ...], name: str, settings: ModelSettings, seed: int, vocab: int
 ) -> torch.Tensor:
     """The parameter's tensor over all tensor ranks."""
-    shape = list(parameter.shape)
-    shape[parameter.__dict__.get("partition_dim", 0)] *= parts
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)
     std = settings.init_std
@@ -119,13 +86,3 @@ def _full(
     rows = vocab if name.endswith(_VOCABULARY) else shape[0]
     full[:rows] = torch.randn(rows, shape[1], generator=generator) * std
     return full
-
-
-def _part(
-    full: torch.Tensor, parameter: nn.Parameter, name: str, tp_rank: int, tp_size: int
-) -> torch.Tensor:
-    """This tensor rank's part."""
-    if "linear_fc1" in name:  # gate and up are split each on its own
-        gate, up = full.chunk(2, dim=0)
-        return torch.cat([half.chunk(tp_size, dim=0)[tp_rank] for half in (gate, up)])
-    return full.chunk(tp_size, dim=parameter.__dict__["partition_dim"])[tp_rank]

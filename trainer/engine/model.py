@@ -5,6 +5,7 @@ Shapes: T tokens of this context rank (S of them local under sequence parallelis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -107,6 +108,7 @@ def _options(run: RunSettings) -> dict[str, Any]:
             "moe_router_load_balancing_type": "aux_loss" if run.model.moe.aux_loss else "none",
             "moe_token_dispatcher_type": "alltoall",
             "moe_router_dtype": "fp32",
+            "moe_router_pre_softmax": not run.model.moe.normalize,
         }
     if run.recompute == "full":
         options |= {
@@ -141,8 +143,15 @@ def _block_spec(run: RunSettings, config: TransformerConfig) -> TransformerBlock
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=cast(Any, RMSNorm))
 
 
+Weights = Callable[["LongModel"], None]
+"""Fills every parameter of a rank's part of the model in place."""
+
+
 class LongModel(GPTModel):
-    """A decoder-only model that takes a MicroBatch and returns its loss, never its logits."""
+    """A decoder-only model that takes a MicroBatch and returns its loss, never its logits.
+
+    Its weights are drawn from the run's seed, unless `weights` brings them.
+    """
 
     def __init__(
         self,
@@ -150,6 +159,7 @@ class LongModel(GPTModel):
         stage: StageSettings,
         vocab: int,
         groups: ProcessGroupCollection,
+        weights: Weights | None = None,
     ) -> None:
         config = transformer_config(run, stage)
         first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
@@ -165,12 +175,15 @@ class LongModel(GPTModel):
             position_embedding_type="none",
             pg_collection=groups,
         )
-        self.real_vocab = vocab
+        self.settings, self.real_vocab = run.model, vocab
         for name, parameter in self.named_parameters():
             if ".experts." in name:
                 # megatron marks experts only where EP > 1; unmarked under TP, their gradients are
                 # not summed over the tensor ranks, and their optimizer state has another shape.
                 setattr(parameter, "allreduce", False)  # noqa: B010
+        if weights is not None:
+            weights(self)
+            return
         initialize(
             self,
             run.model,
