@@ -19,7 +19,11 @@ class Settings(BaseModel):
     """Frozen settings that refuse unknown keys. The string under a field documents it."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,  # `from` is a word of Python's
     )
 
     @model_validator(mode="before")

@@ -53,7 +53,7 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
         problems += check_stage(recipe, stage, index, ranks)
     problems += [*_check_run(recipe), *_check_data(recipe)]
     vocab, tokenizer_problems = _vocabulary(recipe)
-    problems += tokenizer_problems
+    problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
     if problems:
         written = [Problem(recipe.where(p.path), p.value, p.expected, p.fix) for p in problems]
         raise RecipeError(recipe.name, list(dict.fromkeys(written)))
@@ -189,6 +189,14 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[Problem]]:
     except DataError as error:
         got = f"{tokenizer.path} ({error.what})"
         return 0, [Problem("tokenizer.path", got, "a tokenizer that can be loaded", error.fix)]
+
+
+def _check_vocabulary(recipe: Recipe, vocab: int) -> Iterator[Problem]:
+    known = recipe.model.vocab
+    if known is not None and known < vocab:
+        expected = f"at least the tokenizer's {vocab:,} tokens"
+        fix = "the tokenizer that the model was trained with, or model.vocab left out"
+        yield Problem("model.vocab", f"{known}", expected, fix)
 
 
 def _warnings(recipe: Recipe, ranks: int, machine: Machine) -> Iterator[str]:

@@ -13,6 +13,7 @@ from ..errors import Problem, RecipeError
 from ..trainer.settings import merge
 from .document import describe, read_document
 from .overrides import apply_overrides
+from .pretrained import fill_in
 from .recipe import Recipe
 from .translate import nearest, translate
 
@@ -39,9 +40,10 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     written = _read(path, [])
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-_") or "recipe"
     written, problems = apply_overrides({"name": stem, **written}, overrides)
-    recipe, more = _validate(written)
-    if recipe is None or problems:
-        raise RecipeError(reference, [*problems, *more])
+    filled, contradictions = fill_in(written)
+    recipe, more = _validate(filled)
+    if recipe is None or problems or contradictions:
+        raise RecipeError(reference, [*problems, *contradictions, *more])
     recipe._written = written
     return recipe
 

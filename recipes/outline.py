@@ -45,11 +45,13 @@ def rough(number: float) -> str:
 
 def _model(checked: CheckedRecipe) -> str:
     model = checked.recipe.model
+    vocab = model.vocab or checked.vocab
+    start = f", weights of {model.weights}" if model.weights else ""
     experts = f", {model.moe.experts} experts (top {model.moe.top_k})" if model.moe else ""
     return (
-        f"model: {rough(count_parameters(model, checked.vocab))} parameters, "
+        f"model: {rough(count_parameters(model, vocab))} parameters, "
         f"{model.layers} layers, hidden {model.hidden}, "
-        f"heads {model.heads} ({model.kv_heads} key-value){experts}"
+        f"heads {model.heads} ({model.kv_heads} key-value){experts}{start}"
     )
 
 

@@ -87,8 +87,13 @@ class _Found:
             self.keys.append(part)
             if isinstance(part, str) and here:
                 self.block = here[0]
-                self.field = self.block.model_fields.get(part)
+                self.field = fields(self.block).get(part)
                 here = _blocks(self.field.annotation) if self.field else []
+
+
+def fields(block: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The settings of a block by the names that recipes use."""
+    return {field.alias or name: field for name, field in block.model_fields.items()}
 
 
 def _blocks(annotation: Any) -> list[type[BaseModel]]:
@@ -138,7 +143,7 @@ def _expected(kind: str, context: dict[str, Any], message: str) -> str:
 
 
 def _unknown_key(keys: list[Key], block: type[BaseModel]) -> Problem:
-    names = [*block.model_fields, *(["defaults", "base"] if len(keys) == 1 else [])]
+    names = [*fields(block), *(["defaults", "base"] if len(keys) == 1 else [])]
     expected = f"one of {', '.join(names)}"
     return Problem(dotted(keys), "an unknown key", expected, nearest(str(keys[-1]), names))
 

@@ -89,7 +89,7 @@ class Run:
         """Build the stage's engine and load the newest checkpoint into it."""
         settings = self.run.stages[cursor.stage]
         corpus = self._corpus(settings)
-        engine = Engine(self.run, settings, corpus.vocab)
+        engine = Engine(self.run, settings, self.run.model.vocab or corpus.vocab)
         if newest is not None:
             inside = cursor.stage_step > 0
             checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)

@@ -31,6 +31,10 @@ class MoeSettings(Settings):
 class ModelSettings(Settings):
     """A decoder-only transformer: RMSNorm, SwiGLU, grouped-query attention, RoPE."""
 
+    weights: str | None = Field(default=None, alias="from")
+    """`hf:` and the folder of a Hugging Face checkpoint to start from; it decides everything else
+    here, and the RoPE and the tokenizer where the recipe does not. Left out: random weights."""
+
     hidden: int = Field(ge=1)
     """Width of the residual stream."""
 
@@ -64,6 +68,9 @@ class ModelSettings(Settings):
     init: Literal["random", "induction"] = "random"
     """induction: two heads start as the pair that copies what followed the last time. Small models
     trained for minutes do not find it; without it they have no use for a long context."""
+
+    vocab: int | None = Field(default=None, ge=2)
+    """Tokens that the embeddings know; left out: as many as the tokenizer has."""
 
     moe: MoeSettings | None = None
 
