@@ -15,6 +15,8 @@ from .errors import LongspanError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .trainer.convert.verbs import Report
+
 app = typer.Typer(
     name="longspan",
     help="Stretch a language model to a longer context: verified, resumable, one command.",
@@ -119,6 +121,58 @@ def doctor() -> None:
     from .trainer.doctor import diagnose
 
     _print(diagnose())
+
+
+_VerifyOption = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the logits with transformers, position by position."),
+]
+_TextOption = Annotated[
+    Path | None, typer.Option("--text", help="With --verify: compare on this text file.")
+]
+_DtypeOption = Annotated[
+    str | None, typer.Option(metavar="bf16|fp32", help="Dtype of the weights.  [default: as found]")
+]
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="The folder of a Hugging Face checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    dtype: _DtypeOption = None,
+    verify: _VerifyOption = False,
+    text: _TextOption = None,
+) -> None:
+    """Check a Hugging Face checkpoint and write it as one that a run can start from."""
+    from .trainer.convert.verbs import import_model
+
+    _show(import_model(hf_dir, out, dtype=dtype, verify=verify, text=text))
+
+
+@app.command()
+def export(
+    what: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or a checkpoint's.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    dtype: _DtypeOption = None,
+    verify: _VerifyOption = False,
+    text: _TextOption = None,
+) -> None:
+    """Write a run's model as a Hugging Face checkpoint."""
+    from .trainer.convert.verbs import export_model
+
+    _show(export_model(what, out, dtype=dtype, verify=verify, text=text))
+
+
+def _show(report: Report) -> None:
+    """Print what was done; models that differ are a failure."""
+    for line in report.lines:
+        typer.echo(line)
+    if not report.equal:
+        raise typer.Exit(1)
 
 
 def _print(what: RenderableType) -> None:

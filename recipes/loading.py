@@ -13,7 +13,7 @@ from ..errors import Problem, RecipeError
 from ..trainer.settings import merge
 from .document import describe, read_document
 from .overrides import apply_overrides
-from .pretrained import fill_in
+from .pretrained import REPLACED, fill_in, starts_from_weights
 from .recipe import Recipe
 from .translate import nearest, translate
 
@@ -98,4 +98,5 @@ def _read(path: Path, below: list[Path]) -> dict[str, Any]:
         problem = Problem("base", describe(base), "the name or the path of a recipe")
         raise RecipeError(str(path), [problem])
     inherited = _read(_find(base, path.parent), chain)
-    return merge({key: value for key, value in inherited.items() if key not in _OWN}, written)
+    dropped = (*_OWN, *REPLACED) if starts_from_weights(written) else _OWN
+    return merge({key: value for key, value in inherited.items() if key not in dropped}, written)

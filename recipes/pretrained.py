@@ -12,6 +12,14 @@ from ..trainer.settings import ModelSettings, merge
 from .document import describe
 
 SCHEME = "hf:"
+REPLACED = ("model", "tokenizer")
+"""Blocks of a base recipe that mean nothing to a recipe which names a checkpoint."""
+
+
+def starts_from_weights(written: dict[str, Any]) -> bool:
+    """Whether a recipe itself, not the one it is based on, names a checkpoint."""
+    model = written.get("model")
+    return isinstance(model, dict) and "from" in model
 
 
 def fill_in(written: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

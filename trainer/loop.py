@@ -14,6 +14,8 @@ import torch.distributed as dist
 from . import checkpoints
 from .checkpoints import Cursor
 from .context_proof import context_proof
+from .convert.companions import keep_companions
+from .convert.weights import FolderWeights
 from .data.cache import default_cache
 from .data.corpus import Corpus, prepare_corpus
 from .data.packing import Packing
@@ -87,9 +89,15 @@ class Run:
 
     def _open_stage(self, cursor: Cursor, newest: Path | None) -> _Stage:
         """Build the stage's engine and load the newest checkpoint into it."""
-        settings = self.run.stages[cursor.stage]
+        settings, folder = self.run.stages[cursor.stage], self.run.model.folder
+        weights = None
+        if newest is None and folder is not None:
+            weights = FolderWeights(folder)  # before the data: it says at once what is wrong
         corpus = self._corpus(settings)
-        engine = Engine(self.run, settings, self.run.model.vocab or corpus.vocab)
+        if self.first:
+            keep_companions(self.directory.companions, folder, corpus.tokenizer_path)
+        vocab = self.run.model.vocab or corpus.vocab
+        engine = Engine(self.run, settings, vocab, weights=weights)
         if newest is not None:
             inside = cursor.stage_step > 0
             checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)

@@ -89,6 +89,11 @@ class RunDirectory:
         return self.path / "evaluations"
 
     @property
+    def companions(self) -> Path:
+        """The tokenizer, and of a model that came from somewhere its config files."""
+        return self.path / "tokenizer"
+
+    @property
     def complete(self) -> Path:
         """The summary of a finished run; its presence is the mark."""
         return self.path / "complete.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -73,6 +74,11 @@ class ModelSettings(Settings):
     """Tokens that the embeddings know; left out: as many as the tokenizer has."""
 
     moe: MoeSettings | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the weights start from."""
+        return None if self.weights is None else Path(self.weights.removeprefix("hf:"))
 
     @property
     def kv_heads(self) -> int:

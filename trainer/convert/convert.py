@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from ...attention.settings import RopeSettings
 from ...errors import CheckpointError, ConversionError
 from ..run_directory import write_atomically
 from ..settings import ModelSettings
+from .companions import copy_companions
 from .families import family_for
 from .hf_config import CONFIG, Dtype, HfModel, write_config
 from .names import recipes
@@ -25,6 +26,7 @@ from .stored_weights import StoredWeights
 from .weights import FolderWeights, split
 
 MODEL = "model.json"
+AddFiles = Callable[[Path], None]
 _TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F32": "fp32"}
 
@@ -53,7 +55,11 @@ def import_checkpoint(hf_dir: Path, out: Path, *, dtype: Dtype | None = None) ->
     hf = replace(weights.hf, dtype=dtype)
     shapes = _shapes(hf)
     blocks = (block for name in shapes for block in weights.blocks(name))
-    _write(out, hf, dtype, blocks, SHARD_BYTES)
+
+    def add_files(folder: Path) -> None:
+        copy_companions(hf_dir, folder)
+
+    _write(out, hf, dtype, blocks, SHARD_BYTES, add_files)
     return hf
 
 
@@ -64,6 +70,7 @@ def export_checkpoint(
     hf: HfModel | None = None,
     dtype: Dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    add_files: AddFiles | None = None,
 ) -> HfModel:
     """Write a checkpoint of ours, of any layout, as a Hugging Face folder.
 
@@ -73,6 +80,7 @@ def export_checkpoint(
         hf: What the model is; read from the checkpoint when left out.
         dtype: Of the weights in `out`; as they are when left out.
         shard_bytes: The most bytes in one file.
+        add_files: Called with the folder before it gets its name, to add more to it.
 
     Returns:
         The model as it was written.
@@ -91,7 +99,7 @@ def export_checkpoint(
         for _, part in split(stored.read(name), recipe)
     )
     hf = replace(hf, dtype=dtype)
-    _write(out, hf, dtype, blocks, shard_bytes)
+    _write(out, hf, dtype, blocks, shard_bytes, add_files)
     return hf
 
 
@@ -133,13 +141,20 @@ def _shapes(hf: HfModel) -> dict[str, tuple[int, ...]]:
 
 
 def _write(
-    out: Path, hf: HfModel, dtype: Dtype, blocks: Iterator[torch.Tensor], shard_bytes: int
+    out: Path,
+    hf: HfModel,
+    dtype: Dtype,
+    blocks: Iterator[torch.Tensor],
+    shard_bytes: int,
+    add_files: AddFiles | None,
 ) -> None:
     config = write_config(hf, dtype)
     with _new_folder(out) as folder:
         write_folder(folder, _shapes(hf), _TORCH[dtype], blocks, shard_bytes=shard_bytes)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         write_atomically(folder / MODEL, json.dumps(_described(hf), indent=2) + "\n")
+        if add_files is not None:
+            add_files(folder)
 
 
 def _described(hf: HfModel) -> dict[str, Any]:

@@ -261,5 +261,5 @@ def family_for(model: ModelSettings, rope: RopeSettings) -> Family:
 
 def has_nope(model: ModelSettings, rope: RopeSettings) -> bool:
     """Whether some layers have no RoPE."""
-    fields = write_rope(rope, max_length=1, layers=model.layers)
+    fields = write_rope(rope, head_dim=model.head_width, max_length=1, layers=model.layers)
     return not all(fields.get("no_rope_layers") or ())

@@ -123,7 +123,9 @@ def write_config(hf: HfModel, dtype: Dtype) -> dict[str, Any]:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-    config |= write_rope(hf.rope, max_length=hf.max_length, layers=model.layers)
+    config |= write_rope(
+        hf.rope, head_dim=model.head_width, max_length=hf.max_length, layers=model.layers
+    )
     # A missing token id has a default of its own in every family.
     return config | {name: hf.raw.get(name) for name in sorted(KEPT)}
 

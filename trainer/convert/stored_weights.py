@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,6 +22,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ...errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..engine.model import LongModel
 
 
 class StoredWeights:
@@ -42,6 +45,22 @@ class StoredWeights:
         except Exception as error:
             raise _unreadable(path, error) from error
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def __call__(self, model: LongModel) -> None:
+        """Fill every parameter of a model on one rank.
+
+        Raises:
+            CheckpointError: The checkpoint is of another model, or cannot be read.
+        """
+        from ..engine.partition import global_names
+
+        with torch.no_grad():
+            for name, parameter in global_names(model):
+                full = self.read(name)
+                # Layouts pad the vocabulary differently.
+                rows = min(len(full), len(parameter))
+                parameter[:rows].copy_(full[:rows])
+                parameter[rows:].zero_()
 
     def dtype(self) -> torch.dtype:
         """Of the weights."""

@@ -167,7 +167,7 @@ class FolderWeights:
 
 def _shape_of(model: ModelSettings) -> dict[str, Any]:
     """The settings that decide what a model with given weights computes, all of them explicit."""
-    values = model.model_dump(exclude={"init", "init_std", "moe"})
+    values = model.model_dump(exclude={"weights", "vocab", "init", "init_std", "moe"})
     values |= {"query_groups": model.kv_heads, "head_dim": model.head_width}
     return values | {"moe": model.moe and model.moe.model_dump(exclude={"aux_loss"})}
 

@@ -1,0 +1,94 @@
+"""Export of a run or of one of its checkpoints, with everything that somebody else needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ..checkpoints import MARKER
+from ..data.tokenizer import TextTokenizer
+from ..run_directory import RunDirectory, write_atomically
+from ..settings import RunSettings
+from .card import model_card
+from .companions import copy_companions
+from .convert import checkpoint_model, export_checkpoint
+from .hf_config import CONFIG, Dtype, HfModel
+
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote, and from where."""
+
+    checkpoint: Path
+    model: HfModel
+    companions: tuple[str, ...]
+
+
+def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
+    """Write a Hugging Face folder: weights, config.json, tokenizer, generation config, model card.
+
+    Args:
+        what: A run's folder, whose newest checkpoint is taken, or a checkpoint's.
+        out: A folder that does not exist yet, or is empty.
+        dtype: Of the weights; as they were trained when left out.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it cannot be read.
+        ConversionError: It cannot be written as a Hugging Face model.
+        RunError: The checkpoint belongs to no run.
+    """
+    directory, checkpoint = _find(what)
+    run = directory.load_settings()
+    hf = _with_history(checkpoint_model(checkpoint), directory, run)
+    companions: list[str] = []
+
+    def add_files(folder: Path) -> None:
+        companions.extend(copy_companions(directory.companions, folder))
+        card = model_card(directory, run, checkpoint, out.name)
+        write_atomically(folder / "README.md", card)
+
+    written = export_checkpoint(checkpoint, out, hf=hf, dtype=dtype, add_files=add_files)
+    return Exported(checkpoint, written, tuple(companions))
+
+
+def _find(what: Path) -> tuple[RunDirectory, Path]:
+    """The run and the checkpoint that a path means."""
+    path = what.expanduser().absolute()
+    if (path / _STATE).is_file():
+        return RunDirectory(path.parent.parent), path
+    directory = RunDirectory(path)
+    directory.load_settings()
+    step = directory.newest_checkpoint_step()
+    if step is None:
+        raise CheckpointError(f"{directory} has no complete checkpoint yet", "train it first")
+    found = [
+        folder
+        for folder in directory.checkpoints.glob("step-*")
+        if (folder / MARKER).is_file() and int(re.sub(r"\D", "", folder.name) or -1) == step
+    ]
+    return directory, found[0]
+
+
+def _with_history(hf: HfModel, directory: RunDirectory, run: RunSettings) -> HfModel:
+    """Token ids, and the length that the model was good for before, where its RoPE is the same."""
+    raw: dict[str, Any] = {}
+    origin = directory.companions / CONFIG
+    if origin.is_file():
+        raw = json.loads(origin.read_text("utf-8"))
+    if raw.get("eos_token_id") is None:
+        tokenizer = TextTokenizer.load(directory.companions)
+        raw = raw | {"eos_token_id": tokenizer.eod}
+    length = hf.max_length
+    before = raw.get("max_position_embeddings")
+    if run.model.weights and isinstance(before, int):
+        from .hf_config import read_config
+
+        if read_config(directory.companions).rope == hf.rope:
+            length = max(length, before)
+    return replace(hf, raw=raw, max_length=length)

@@ -1,0 +1,126 @@
+"""Parity of a conversion: transformers on one side, the engine on the other, both in fp32."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConversionError
+from ..data.samples import Sample
+from ..data.tokenizer import TextTokenizer
+from ..platform import set_up
+from ..settings import RunSettings
+from .hf_config import HfModel
+from .one_rank import one_rank
+from .parity import TEXT, Logits, Parity, compare
+
+if TYPE_CHECKING:
+    from ..engine.model import Weights
+
+TOLERANCE = 1e-4
+"""Of the largest logit, in fp32."""
+
+_CONTINUED = 32
+
+
+def verify(hf: HfModel, weights: Weights, folder: Path, text: str | None) -> Parity:
+    """Compare the engine with transformers.
+
+    Args:
+        hf: The model of both.
+        weights: Fills the engine's model.
+        folder: That transformers reads.
+        text: What is compared; a built-in text when None. At most `hf.max_length` tokens count.
+
+    Raises:
+        ConversionError: transformers is not installed, or cannot read the folder.
+    """
+    theirs = _transformers(folder)
+    tokens_T = _tokens(folder, hf, text)
+    set_up(0, 1)
+    with one_rank(), _engine(hf, weights) as ours:
+        return compare(ours, theirs, tokens_T, _CONTINUED)
+
+
+def _tokens(folder: Path, hf: HfModel, text: str | None) -> Tensor:
+    """The text as tokens; bytes where the folder has no tokenizer."""
+    words = TEXT if text is None else text
+    if (folder / "tokenizer.json").is_file():
+        ids = torch.from_numpy(TextTokenizer.load(folder).encode_batch([words])[0])
+    else:
+        ids = torch.tensor(list(words.encode())) % hf.vocab
+    if not len(ids):
+        raise ConversionError("the text to compare has no tokens", "give a longer text")
+    return ids[: max(1, hf.max_length - _CONTINUED)].long()
+
+
+def _transformers(folder: Path) -> Logits:
+    try:
+        import transformers
+    except ImportError:
+        raise ConversionError(
+            "--verify compares with transformers, which is not installed",
+            "pip install transformers, or leave --verify out",
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except Exception as error:
+        what = f"transformers cannot read {folder}: {type(error).__name__}: {error}"
+        raise ConversionError(what, "install a transformers that knows the model") from error
+    model.eval()
+    return lambda tokens_T: model(tokens_T[None]).logits[0]
+
+
+@contextmanager
+def _engine(hf: HfModel, weights: Callable[[Any], None]) -> Iterator[Logits]:
+    """Logits of an engine of one rank."""
+    from ..engine.engine import Engine
+
+    run = _run(hf)
+    engine = Engine(run, run.stages[0], hf.vocab, train=False, weights=weights)
+
+    def logits(tokens_T: Tensor) -> Tensor:
+        count = len(tokens_T)
+        bounds = torch.tensor([0, count], dtype=torch.int32)
+        sample = Sample(tokens_T, torch.zeros_like(tokens_T), torch.ones(count), bounds)
+        with torch.no_grad():
+            return engine.model.logits(engine.builder(count)(sample)).cpu()
+
+    yield logits
+
+
+def _run(hf: HfModel) -> RunSettings:
+    """Settings of an engine that computes the model; data and optimizer are never looked at."""
+    stage = {
+        "name": "parity",
+        "length": hf.max_length,
+        "tokens": hf.max_length,
+        "batch_tokens": hf.max_length,
+        "rope": hf.rope.model_dump(mode="json"),
+        "data": {"sources": [{"kind": "python-stdlib"}]},
+    }
+    return RunSettings.model_validate(
+        {
+            "precision": "fp32",
+            "ranks": 1,
+            "model": hf.model.model_dump(mode="json"),
+            "tokenizer": {"kind": "train"},
+            "stages": [stage],
+        }
+    )
