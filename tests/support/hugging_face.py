@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "norm_topk_prob": True, **MOE}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
     "qwen3_moe_shares": ("Qwen3Moe", {"head_dim": 16, "norm_topk_prob": False, **MOE}),
 }
 
@@ -128,6 +129,11 @@ def our_logits(engine: Any, tokens_T: torch.Tensor) -> torch.Tensor:
     """Logits [T, vocabulary] of one rank."""
     with torch.no_grad():
         return engine.model.logits(engine.builder(len(tokens_T))(as_sample(tokens_T)))
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """Logits [T, vocabulary] of the text, on one rank."""
+    return our_logits(engine_of(folder, run_of(folder)), text_of())
 
 
 def whole_story(folder: Path, out: Path) -> tuple[torch.Tensor, list[int], torch.Tensor]:

@@ -27,7 +27,6 @@ def model_card(directory: RunDirectory, run: RunSettings, checkpoint: Path, name
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))
     cursor = state["cursor"]
     environment = directory.read_environment()
-    base = f"base_model: {json.dumps(run.model.weights)}\n" if run.model.weights else ""
     start = f"the weights of `{run.model.weights}`" if run.model.weights else "random weights"
     packages = environment.get("packages", {})
     versions = ", ".join(f"{package} {packages[package]}" for package in sorted(packages))
@@ -35,7 +34,7 @@ def model_card(directory: RunDirectory, run: RunSettings, checkpoint: Path, name
 ---
 library_name: transformers
 tags: [longspan]
-{base}---
+---
 
 # {name}
 
@@ -78,15 +77,9 @@ def _stages(run: RunSettings, cursor: dict[str, Any]) -> list[tuple[str, ...]]:
         trained = f"{done:,}" if done == planned else f"{done:,} of {planned:,}"
         optimizer = stage.optimizer
         rate = f"{optimizer.lr:g}, {optimizer.schedule}"
-        row = (stage.name, f"{stage.length:,}", trained, _rope(stage), rate, _layout(stage))
+        row = (stage.name, f"{stage.length:,}", trained, stage.rope.words, rate, _layout(stage))
         rows.append(row)
     return rows
-
-
-def _rope(stage: StageSettings) -> str:
-    changed = stage.rope.model_dump(mode="json", exclude_defaults=True)
-    rest = {key: value for key, value in changed.items() if key != "base"}
-    return f"base {stage.rope.base:,.0f}" + (f", {json.dumps(rest)}" if rest else "")
 
 
 def _layout(stage: StageSettings) -> str:
