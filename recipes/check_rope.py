@@ -94,6 +94,4 @@ def _has_effect(rope: RopeSettings, model: ModelSettings, length: int) -> bool:
         return False
     width = model.head_width
     plain = frequencies(rope.model_copy(update={"scaling": None}), width, length)
-    scaled = frequencies(rope, width, length)
-    same = all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(scaled, plain, strict=True))
-    return attention_factor(rope, length) != 1 or not same
+    return attention_factor(rope, length) != 1 or frequencies(rope, width, length) != plain

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from longspan.attention.settings import RopeSettings
+from longspan.recipes.loading import load_recipe
 from longspan.trainer.observe.events import read_events
 
 SMOKE = [sys.executable, "-m", "longspan.cli", "train", "smoke"]
@@ -69,6 +71,16 @@ def test_a_run_trains_both_stages_and_proves_its_context(straight):
     assert "loss by position" in done.stdout and "standard error" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
+
+
+def test_checkpoints_and_the_log_know_the_whole_rope(straight):
+    run_dir, _ = straight
+    state = json.loads((run_dir / "checkpoints" / "step-00000016" / "state.json").read_text())
+    rope = load_recipe("smoke").stages[1].rope
+    assert rope.base == 100_000 and RopeSettings.model_validate(state["rope"]) == rope
+    assert state["rope"].keys() == RopeSettings.model_fields.keys()
+    started = [e for e in read_events(run_dir / "events.jsonl") if e["event"] == "stage_started"]
+    assert [e["rope"] for e in started] == ["base 10,000", "base 100,000"]
 
 
 def test_nothing_is_left_of_old_or_unfinished_checkpoints(straight):
