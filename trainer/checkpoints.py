@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..attention.settings import RopeSettings
 from ..errors import CheckpointError
 from .engine.checkpoint import checkpoint_bytes, load_engine, save_engine
 from .engine.engine import Engine
@@ -105,6 +106,24 @@ def load(checkpoint: Path, engine: Engine, *, optimizer: bool) -> None:
             f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}",
             "delete that folder to go on from the checkpoint before it",
         ) from error
+
+
+def refuse_other_rope(checkpoint: Path, rope: RopeSettings) -> None:
+    """Refuse to go on in the middle of a stage with positions that mean something else.
+
+    Raises:
+        CheckpointError: The checkpoint was written with another RoPE.
+    """
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text())["rope"]
+    except (OSError, ValueError, KeyError):
+        return  # what is wrong with state.json is said where the cursor is read
+    if saved != rope.model_dump(mode="json"):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was written with another RoPE than the stage's "
+            f"{rope.words}: {json.dumps(saved)}",
+            "resume with the recipe that it was written with; a new RoPE needs a new stage",
+        )
 
 
 def read_cursor(checkpoint: Path) -> Cursor:

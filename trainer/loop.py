@@ -100,6 +100,8 @@ class Run:
         engine = Engine(self.run, settings, vocab, weights=weights)
         if newest is not None:
             inside = cursor.stage_step > 0
+            if inside:
+                checkpoints.refuse_other_rope(newest, settings.rope)
             checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
         return _Stage(cursor.stage, settings, corpus, engine)
 

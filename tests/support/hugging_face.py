@@ -136,15 +136,23 @@ def logits_of(folder: Path) -> torch.Tensor:
     return our_logits(engine_of(folder, run_of(folder)), text_of())
 
 
-def whole_story(folder: Path, out: Path) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """On one rank: logits, greedy tokens, and the logits after 5 steps that are saved to `out`."""
+Said = tuple[torch.Tensor, list[int]]
+"""Logits of the text, and the greedy continuation."""
+
+
+def whole_story(folder: Path, out: Path) -> tuple[Said, Said]:
+    """On one rank: what the model says, and what it says after 5 steps that are saved to `out`."""
     engine = engine_of(folder, run_of(folder))
-    before = our_logits(engine, text_of())
+    before = our_logits(engine, text_of()), _our_greedy(engine)
+    train_and_save(engine, 5, 1e-2, out)
+    return before, (our_logits(engine, text_of()), _our_greedy(engine))
+
+
+def _our_greedy(engine: Any) -> list[int]:
     tokens_T = torch.cat([text_of(), torch.zeros(GREEDY, dtype=torch.int64)])
     for place in range(TEXT, TEXT + GREEDY):  # later tokens reach no earlier position
         tokens_T[place] = our_logits(engine, tokens_T)[place - 1].argmax()
-    train_and_save(engine, 5, 1e-2, out)
-    return before, tokens_T[TEXT:].tolist(), our_logits(engine, text_of())
+    return tokens_T[TEXT:].tolist()
 
 
 def losses_and_training(

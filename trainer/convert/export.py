@@ -16,7 +16,8 @@ from ..settings import RunSettings
 from .card import model_card
 from .companions import copy_companions
 from .convert import checkpoint_model, export_checkpoint
-from .hf_config import CONFIG, Dtype, HfModel
+from .families import family_for
+from .hf_config import CONFIG, Dtype, HfModel, read_config
 
 _STATE = "state.json"
 
@@ -86,9 +87,8 @@ def _with_history(hf: HfModel, directory: RunDirectory, run: RunSettings) -> HfM
         raw = raw | {"eos_token_id": tokenizer.eod}
     length = hf.max_length
     before = raw.get("max_position_embeddings")
-    if run.model.weights and isinstance(before, int):
-        from .hf_config import read_config
-
-        if read_config(directory.companions).rope == hf.rope:
-            length = max(length, before)
-    return replace(hf, raw=raw, max_length=length)
+    family = family_for(hf.model, hf.rope, preferred=raw.get("model_type"))
+    kept = run.model.weights and read_config(directory.companions).rope == hf.rope
+    if kept and isinstance(before, int):
+        length = max(length, before)
+    return replace(hf, family=family, raw=raw, max_length=length)

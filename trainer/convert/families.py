@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...attention.rope_config import write_rope
 from ...attention.settings import RopeSettings
 from ...errors import ConversionError
 from ..settings import ModelSettings
@@ -226,25 +225,32 @@ _FAMILIES = (
 FAMILIES = {family.name: family for family in _FAMILIES}
 
 
-def family_for(model: ModelSettings, rope: RopeSettings) -> Family:
+def family_for(model: ModelSettings, rope: RopeSettings, preferred: str | None = None) -> Family:
     """The family that computes what a model of ours computes.
 
     Args:
         model: The model.
         rope: Its RoPE, layers without one included.
+        preferred: The name of a family that is taken if it is one of several that can.
 
     Raises:
         ConversionError: No family has what the model combines.
     """
+    if rope.rotary_share < 1:
+        raise ConversionError(
+            f"no supported Hugging Face family turns only a share ({rope.rotary_share:g}) of a "
+            "head's channels",
+            "rope.rotary_share: 1 in the recipe of a model that shall be exported",
+        )
     wanted = {
         "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,
         "moe": model.moe is not None,
-        "nope": has_nope(model, rope),
+        "nope": bool(rope.nope_layers),
     }
-    for family in _FAMILIES:
-        if all(getattr(family, part) == value for part, value in wanted.items()):
-            return family
+    able = [f for f in _FAMILIES if all(getattr(f, part) == on for part, on in wanted.items())]
+    if able:
+        return next((family for family in able if family.name == preferred), able[0])
     said = {
         "qkv_bias": "biases on q, k and v",
         "qk_norm": "QK-norm",
@@ -257,9 +263,3 @@ def family_for(model: ModelSettings, rope: RopeSettings) -> Family:
         "export is possible for: llama (none of them), qwen2 (biases), qwen3 (QK-norm), "
         "qwen3_moe (QK-norm and experts), smollm3 (layers without RoPE)",
     )
-
-
-def has_nope(model: ModelSettings, rope: RopeSettings) -> bool:
-    """Whether some layers have no RoPE."""
-    fields = write_rope(rope, head_dim=model.head_width, max_length=1, layers=model.layers)
-    return not all(fields.get("no_rope_layers") or ())

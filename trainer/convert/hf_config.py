@@ -65,6 +65,9 @@ def read_config(folder: Path) -> HfModel:
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         problems += _invalid(error)
         model = None
+    if rope.rotary_share < 1:
+        expected = f"1: transformers' {family.name} turns all channels"
+        problems.append(Problem("partial_rotary_factor", f"{rope.rotary_share:g}", expected))
     if problems or model is None:
         raise ConversionError(
             "\n  ".join([f"{folder / CONFIG} cannot be imported:", *map(str, problems)]),
@@ -92,7 +95,7 @@ def write_config(hf: HfModel, dtype: Dtype) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.name,
-        "torch_dtype": {ours: theirs for theirs, ours in DTYPES.items()}[dtype],
+        "dtype": {ours: theirs for theirs, ours in DTYPES.items()}[dtype],
         "vocab_size": hf.vocab,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn_hidden,

@@ -24,13 +24,16 @@ from support.hugging_face import (
 def test_in_train_and_out_is_what_transformers_computes(worlds, tmp_path, name):
     theirs = save_tiny(name, tmp_path / "hf")
     import_checkpoint(theirs, tmp_path / "in")
-    before, greedy, after = worlds(1).run(whole_story, tmp_path / "in", tmp_path / "step")[0]
+    (before, greedy), (after, continued) = worlds(1).run(
+        whole_story, tmp_path / "in", tmp_path / "step"
+    )[0]
     assert (before - their_logits(theirs, text_of())).abs().max() < 1e-4
     assert greedy == their_greedy(theirs)
     assert (before - after).abs().max() > 1e-2, "training changed nothing"
     hf = export_checkpoint(tmp_path / "step", tmp_path / "out", hf=read_config(theirs))
     assert hf.dtype == "fp32"
     assert (after - their_logits(tmp_path / "out", text_of())).abs().max() < 1e-4
+    assert continued == their_greedy(tmp_path / "out")
 
 
 LAYOUTS = {

@@ -7,8 +7,13 @@ import sys
 
 import pytest
 import torch
+from longspan.attention.settings import RopeSettings
+from longspan.errors import ConversionError
+from longspan.trainer.convert.families import family_for
+from longspan.trainer.convert.hf_config import read_config
 from longspan.trainer.convert.parity import compare, report
 from longspan.trainer.data.tokenizer import train_tokenizer
+from longspan.trainer.settings import ModelSettings
 from support.hugging_face import VOCAB, save_tiny, their_logits
 
 RECIPE = """
@@ -92,7 +97,7 @@ def test_an_export_needs_neither_the_first_model_nor_the_cache(home, trained):
         checkpoint = next((trained / "checkpoints").glob("step-*4"))
         done = longspan(home, "export", checkpoint, "again", "--dtype", "bf16")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert json.loads((home / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+        assert json.loads((home / "again" / "config.json").read_text())["dtype"] == "bfloat16"
     finally:
         for name in ("in", "cache"):
             (home / f"{name}.away").rename(home / name)
@@ -136,3 +141,20 @@ def test_parity_finds_the_place_of_the_largest_difference():
     assert parity.agreed == parity.continued == 4 and not parity.holds(1e-4)
     assert "NOT equal" in report(parity, 1e-4)[-1]
     assert compare(ours, ours, torch.arange(40), 4).holds(1e-4)
+
+
+def test_the_family_of_a_model_is_kept_where_it_computes_the_same():
+    shape = {"hidden": 32, "layers": 2, "heads": 2, "ffn_hidden": 48}
+    plain, biased = (ModelSettings(**shape, qkv_bias=bias) for bias in (False, True))
+    assert family_for(plain, RopeSettings(), "mistral").name == "mistral"
+    assert family_for(biased, RopeSettings(), "mistral").name == "qwen2"
+    assert family_for(plain, RopeSettings(nope_layers=(1,))).name == "smollm3"
+    with pytest.raises(ConversionError, match="only a share"):
+        family_for(plain, RopeSettings(rotary_share=0.5))
+
+
+def test_a_partial_rotation_that_transformers_ignores_is_refused(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    save_tiny("llama", tmp_path / "hf", rope_parameters=rope)
+    with pytest.raises(ConversionError, match="partial_rotary_factor: got 0.5"):
+        read_config(tmp_path / "hf")
