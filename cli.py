@@ -145,7 +145,7 @@ def import_(
     verify: _VerifyOption = False,
     text: _TextOption = None,
 ) -> None:
-    """Check a Hugging Face checkpoint and write it as one that a run can start from."""
+    """Make a Hugging Face checkpoint ready to start runs from."""
     from .trainer.convert.verbs import import_model
 
     _show(import_model(hf_dir, out, dtype=dtype, verify=verify, text=text))

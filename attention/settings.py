@@ -180,7 +180,7 @@ class RopeSettings(Settings):
     @property
     def words(self) -> str:
         """For people, on one line: `base 500,000, llama3 x8 from 8,192 tokens`."""
-        parts, scaling = [f"base {self.base:,g}"], self.scaling
+        parts, scaling = [f"base {self.base:,.15g}"], self.scaling
         if scaling is not None:
             factor = getattr(scaling, "factor", None)
             original = getattr(scaling, "original_length", None)

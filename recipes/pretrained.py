@@ -46,6 +46,7 @@ def fill_in(written: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         expected = "a checkpoint that longspan can read"
         return written, [Problem("model.from", f"{source} ({error.what})", expected, error.fix)]
     shape = found.model.model_dump(mode="json") | {"vocab": found.vocab}
+    shape = _with_free_settings(shape, model)
     problems = _contradictions(model, shape, source)
     if not isinstance(written.get("tokenizer", {}), dict):
         return written, problems
@@ -66,6 +67,14 @@ def fill_in(written: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return written | filled, problems
 
 
+def _with_free_settings(shape: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """What does not change the model's meaning is the recipe's: the load-balancing loss."""
+    experts, said = shape["moe"], model.get("moe")
+    if experts is None or not isinstance(said, dict) or "aux_loss" not in said:
+        return shape
+    return shape | {"moe": experts | {"aux_loss": said["aux_loss"]}}
+
+
 def _contradictions(model: dict[str, Any], shape: dict[str, Any], source: str) -> list[Problem]:
     """What the recipe says about the model and the checkpoint says otherwise."""
     problems = []
@@ -74,7 +83,7 @@ def _contradictions(model: dict[str, Any], shape: dict[str, Any], source: str) -
         if key == "from":
             continue
         try:
-            said = ModelSettings.model_validate(shape | {key: value})
+            said = ModelSettings.model_validate(merge(shape, {key: value}))
         except ValidationError:
             said = None
         if said != expected_model:

@@ -95,7 +95,9 @@ class Run:
             weights = FolderWeights(folder)  # before the data: it says at once what is wrong
         corpus = self._corpus(settings)
         if self.first:
-            keep_companions(self.directory.companions, folder, corpus.tokenizer_path)
+            source = getattr(self.run.tokenizer, "path", None)
+            own = source is not None and folder == Path(source)
+            keep_companions(self.directory.companions, folder, corpus.tokenizer_path, own=own)
         vocab = self.run.model.vocab or corpus.vocab
         engine = Engine(self.run, settings, vocab, weights=weights)
         if newest is not None:

@@ -41,6 +41,14 @@ def test_a_resolved_recipe_can_be_read_again(tmp_path, folder):
     assert load_recipe(str(again)).run() == loaded.run()
 
 
+def test_the_balancing_loss_of_a_checkpoint_is_the_recipe_s(tmp_path):
+    save_tiny("qwen3_moe", tmp_path / "moe")
+    loaded = load_recipe(recipe(tmp_path, f'from: "hf:{tmp_path}/moe", moe: {{aux_loss: 0.5}}'))
+    assert (loaded.model.moe.aux_loss, loaded.model.moe.experts) == (0.5, 4)
+    with pytest.raises(RecipeError, match=r"model\.moe: got a mapping"):
+        load_recipe(recipe(tmp_path, f'from: "hf:{tmp_path}/moe", moe: {{top_k: 1}}'))
+
+
 BAD = {
     "a contradiction": ('from: "hf:FOLDER", hidden: 64', "", "model.hidden: got 64; expected 32"),
     "a trained tokenizer": (

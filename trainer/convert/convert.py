@@ -15,6 +15,7 @@ import torch
 
 from ...attention.settings import RopeSettings
 from ...errors import CheckpointError, ConversionError
+from ..data.tokenizer import TextTokenizer
 from ..run_directory import write_atomically
 from ..settings import ModelSettings
 from .companions import copy_companions
@@ -51,6 +52,7 @@ def import_checkpoint(hf_dir: Path, out: Path, *, dtype: Dtype | None = None) ->
             it was.
     """
     weights = FolderWeights(hf_dir)
+    _refuse_tokenizer(hf_dir, weights.hf.vocab)
     dtype = dtype or _own_dtype(weights)
     hf = replace(weights.hf, dtype=dtype)
     shapes = _shapes(hf)
@@ -121,6 +123,18 @@ def checkpoint_model(checkpoint: Path) -> HfModel:
             "give a checkpoint folder of a run, such as runs/NAME/checkpoints/step-N",
         ) from error
     return HfModel(family_for(model, rope), model, rope, vocab, length, None)
+
+
+def _refuse_tokenizer(folder: Path, vocab: int) -> None:
+    """Refuse a tokenizer whose tokens the embedding does not have."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    known = TextTokenizer.load(folder).vocab
+    if known > vocab:
+        raise ConversionError(
+            f"the tokenizer in {folder} has {known} tokens, the model's embedding {vocab}",
+            "take the tokenizer that the model was trained with, or resize the embedding first",
+        )
 
 
 def _own_dtype(weights: FolderWeights) -> Dtype:

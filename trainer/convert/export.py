@@ -16,7 +16,7 @@ from ..settings import RunSettings
 from .card import model_card
 from .companions import copy_companions
 from .convert import checkpoint_model, export_checkpoint
-from .families import family_for
+from .families import KEPT, family_for
 from .hf_config import CONFIG, Dtype, HfModel, read_config
 
 _STATE = "state.json"
@@ -82,9 +82,9 @@ def _with_history(hf: HfModel, directory: RunDirectory, run: RunSettings) -> HfM
     origin = directory.companions / CONFIG
     if origin.is_file():
         raw = json.loads(origin.read_text("utf-8"))
-    if raw.get("eos_token_id") is None:
-        tokenizer = TextTokenizer.load(directory.companions)
-        raw = raw | {"eos_token_id": tokenizer.eod}
+    if run.model.folder is None or getattr(run.tokenizer, "path", "") != str(run.model.folder):
+        ids: dict[str, Any] = dict.fromkeys(KEPT)
+        raw |= ids | {"eos_token_id": TextTokenizer.load(directory.companions).eod}
     length = hf.max_length
     before = raw.get("max_position_embeddings")
     family = family_for(hf.model, hf.rope, preferred=raw.get("model_type"))

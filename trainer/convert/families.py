@@ -63,6 +63,7 @@ HARMLESS = KEPT | {
     "finetuning_task",
     "id2label",
     "label2id",
+    "is_llama_config",
     "unsloth_version",
     "unsloth_fixed",
     *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams"),
@@ -107,6 +108,8 @@ _EVERYWHERE = {
     "pretraining_tp": _only(1, None),
     "use_sliding_window": _only(False),
     "is_encoder_decoder": _only(False),
+    "use_mrope": _only(False),
+    "rope_interleaved": _only(False),
     "layer_types": OneValue((None,), "full_attention only", None, frozenset({"full_attention"})),
     "quantization_config": replace(_NONE, expected="none: weights in bf16 or fp32"),
     "auto_map": replace(_NONE, expected="none: a model's own code is never run"),
@@ -159,6 +162,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _UNUSED_WINDOW = frozenset({"sliding_window"})
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _EXPERTS = {
     "moe_intermediate_size": 768,
     "num_experts": 128,
@@ -171,13 +175,13 @@ _FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         _EVERYWHERE | {"sliding_window": _only(None)},
-        own_defaults={"max_position_embeddings": 2048},
+        own_defaults={"max_position_embeddings": 2048} | _LLAMA_IDS,
     ),
     Family(
         "mistral",
         "MistralForCausalLM",
         _EVERYWHERE | {"sliding_window": replace(_only(None), default=4096)},
-        own_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        own_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072} | _LLAMA_IDS,
     ),
     Family(
         "qwen2",
@@ -218,6 +222,9 @@ _FAMILIES = (
             "rope_theta": 2_000_000.0,
             "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,
+            "bos_token_id": 128_000,
+            "eos_token_id": 128_001,
+            "pad_token_id": 128_004,
         },
         nope=True,
     ),
@@ -249,6 +256,8 @@ def family_for(model: ModelSettings, rope: RopeSettings, preferred: str | None =
         "nope": bool(rope.nope_layers),
     }
     able = [f for f in _FAMILIES if all(getattr(f, part) == on for part, on in wanted.items())]
+    if model.hidden % model.heads:  # transformers' Llama insists on it, whatever its head_dim
+        able = [family for family in able if family.name != "llama"]
     if able:
         return next((family for family in able if family.name == preferred), able[0])
     said = {

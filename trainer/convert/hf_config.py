@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +19,14 @@ from .families import FAMILIES, KEPT, Family
 Dtype = Literal["bf16", "fp32"]
 DTYPES: dict[str, Dtype] = {"bfloat16": "bf16", "float32": "fp32"}
 CONFIG = "config.json"
+_WHOLE = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("max_position_embeddings", "no_rope_layer_interval"),
+}
+_NUMBERS = {"rms_norm_eps", "initializer_range", "rope_theta", "router_aux_loss_coef"}
+_BLOCKS = ("rope_scaling", "rope_parameters")
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,17 @@ def read_config(folder: Path) -> HfModel:
     """
     raw = _read_json(folder)
     family = _family(raw, folder)
+    problems: list[Problem | str] = [*_wrong_types(raw)]
+    if problems:
+        raise _refused(folder, problems)
+    # Token ids that are null are none; missing ones are what the family's class says.
+    ids = {name: value for name, value in family.defaults.items() if name in KEPT}
     values = raw | _defaults(family, raw)
-    problems = list(_problems(family, raw))
+    problems += _problems(family, raw)
     try:
         rope = read_rope(values)
     except LongspanError as error:
-        problems.append(Problem("rope", "", error.what, error.fix))
+        problems.append(error.what)
         rope = RopeSettings()
     try:
         model = _model(family, values)
@@ -69,10 +82,7 @@ def read_config(folder: Path) -> HfModel:
         expected = f"1: transformers' {family.name} turns all channels"
         problems.append(Problem("partial_rotary_factor", f"{rope.rotary_share:g}", expected))
     if problems or model is None:
-        raise ConversionError(
-            "\n  ".join([f"{folder / CONFIG} cannot be imported:", *map(str, problems)]),
-            "use a checkpoint without these, or mend config.json where it is wrong",
-        )
+        raise _refused(folder, problems)
     return HfModel(
         family,
         model,
@@ -80,8 +90,34 @@ def read_config(folder: Path) -> HfModel:
         vocab=values["vocab_size"],
         max_length=values["max_position_embeddings"],
         dtype=DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype"))),
-        raw=raw,
+        raw=ids | raw,
     )
+
+
+def _refused(folder: Path, problems: Sequence[Problem | str]) -> ConversionError:
+    return ConversionError(
+        "\n  ".join([f"{folder / CONFIG} cannot be imported:", *map(str, problems)]),
+        "use a checkpoint without these, or mend config.json where it is wrong",
+    )
+
+
+def _wrong_types(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """Fields that are no number or no block where one belongs; null is as good as missing."""
+    for name, value in raw.items():
+        got = json.dumps(value)[:80]
+        if value is None:
+            continue
+        if name in _WHOLE and (type(value) is not int or value < 1):
+            yield Problem(name, got, "a whole number from 1")
+        elif name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            yield Problem(name, got, "a number")
+        elif name in _BLOCKS:
+            if not isinstance(value, dict):
+                yield Problem(name, got, "a block of fields")
+                continue
+            for kind in ("type", "rope_type"):
+                if not isinstance(value.get(kind, ""), str):
+                    yield Problem(f"{name}.{kind}", json.dumps(value[kind])[:80], "text")
 
 
 def write_config(hf: HfModel, dtype: Dtype) -> dict[str, Any]:
@@ -171,10 +207,6 @@ def _defaults(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
         found.pop("rope_theta", None)
     if "num_local_experts" in raw:
         found["num_experts"] = raw["num_local_experts"]
-    interval = raw.get("no_rope_layer_interval", found.get("no_rope_layer_interval"))
-    layers = raw.get("num_hidden_layers")
-    if interval and isinstance(layers, int) and raw.get("no_rope_layers") is None:
-        found["no_rope_layers"] = [int((layer + 1) % interval != 0) for layer in range(layers)]
     return found
 
 
@@ -200,10 +232,14 @@ def _model(family: Family, values: Mapping[str, Any]) -> ModelSettings:
             aux_loss=values["router_aux_loss_coef"],
             normalize=values["norm_topk_prob"],
         )
-        if moe.top_k > moe.experts or (moe.top_k == 1 and moe.normalize):
+        if moe.top_k > moe.experts:
             raise ValueError(f"num_experts_per_tok {moe.top_k} of {moe.experts} experts")
+        if moe.top_k == 1 and moe.normalize:
+            raise ValueError("num_experts_per_tok 1 with norm_topk_prob: its weight is always 1")
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     width = values.get("head_dim")
+    if width is not None and width % 2:
+        raise ValueError(f"head_dim {width} is odd: RoPE turns channels in pairs")
     if width is None and hidden % heads:
         raise ValueError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     model = ModelSettings(

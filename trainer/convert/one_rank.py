@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -26,4 +27,7 @@ def one_rank() -> Iterator[None]:
         try:
             yield
         finally:
+            megatron = sys.modules.get("megatron.core.parallel_state")
+            if megatron is not None:
+                megatron.destroy_model_parallel()  # or it keeps groups that are no more
             dist.destroy_process_group()

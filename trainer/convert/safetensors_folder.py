@@ -218,6 +218,9 @@ def _encoded(
 def _placed(path: Path) -> dict[str, str]:
     """The file of each tensor as the index says; empty where one file holds them all."""
     if (path / INDEX).is_file():
+        if (path / SINGLE).is_file():
+            what = f"{path} has both {SINGLE} and {INDEX}, which may hold different weights"
+            raise ConversionError(what, "remove the one that is not meant")
         try:
             placed = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
             if all(isinstance(file, str) and Path(file).name == file for file in placed.values()):

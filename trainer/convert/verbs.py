@@ -12,7 +12,7 @@ from .export import export
 from .hf_config import DTYPES, Dtype, HfModel
 from .parity import report
 from .stored_weights import StoredWeights
-from .verify import TOLERANCE, verify
+from .verify import TOLERANCE, require_transformers, verify
 from .weights import FolderWeights
 
 
@@ -29,7 +29,8 @@ def import_model(
 ) -> Report:
     """Import a Hugging Face folder and, if asked, compare transformers on it with our `out`."""
     words = _text(verify, text)
-    hf = import_checkpoint(hf_dir.expanduser(), out, dtype=_dtype(dtype))
+    hf_dir, out = hf_dir.expanduser(), out.expanduser()
+    hf = import_checkpoint(hf_dir, out, dtype=_dtype(dtype))
     lines = [
         f"imported {hf_dir} into {out}",
         *_about(hf),
@@ -46,6 +47,7 @@ def export_model(
 ) -> Report:
     """Export a run and, if asked, compare transformers on `out` with our checkpoint."""
     words = _text(verify, text)
+    what, out = what.expanduser(), out.expanduser()
     done = export(what, out, dtype=_dtype(dtype))
     lines = [
         f"exported {done.checkpoint.name} of {what} to {out}",
@@ -84,13 +86,18 @@ def _dtype(name: str | None) -> Dtype | None:
 
 
 def _text(verify: bool, path: Path | None) -> str | None:
+    """What is compared; whatever a comparison lacks is said before anything is converted."""
+    if verify:
+        require_transformers()
     if path is None:
         return None
     if not verify:
         raise ConversionError("--text has no effect without --verify", "add --verify")
     try:
-        return path.read_text("utf-8")
+        words = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(
-            f"--text: {path} cannot be read: {error}", "give a text file"
-        ) from None
+        what = f"--text: {path} cannot be read: {error}"
+        raise ConversionError(what, "give a text file") from None
+    if not words.strip():
+        raise ConversionError(f"--text: {path} is empty", "give a text of some hundred words")
+    return words

@@ -1,7 +1,11 @@
-"""Parity of a conversion: transformers on one side, the engine on the other, both in fp32."""
+"""Parity of a conversion: transformers on one side, the engine on the other.
+
+Both compute in fp32, from weights that are rounded to the dtype that was written.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +20,7 @@ from ..data.samples import Sample
 from ..data.tokenizer import TextTokenizer
 from ..platform import set_up
 from ..settings import RunSettings
-from .hf_config import HfModel
+from .hf_config import Dtype, HfModel
 from .one_rank import one_rank
 from .parity import TEXT, Logits, Parity, compare
 
@@ -41,7 +45,7 @@ def verify(hf: HfModel, weights: Weights, folder: Path, text: str | None) -> Par
     Raises:
         ConversionError: transformers is not installed, or cannot read the folder.
     """
-    theirs = _transformers(folder)
+    theirs = _transformers(folder, hf.dtype)
     tokens_T = _tokens(folder, hf, text)
     set_up(0, 1)
     with one_rank(), _engine(hf, weights) as ours:
@@ -55,19 +59,32 @@ def _tokens(folder: Path, hf: HfModel, text: str | None) -> Tensor:
         ids = torch.from_numpy(TextTokenizer.load(folder).encode_batch([words])[0])
     else:
         ids = torch.tensor(list(words.encode())) % hf.vocab
-    if not len(ids):
-        raise ConversionError("the text to compare has no tokens", "give a longer text")
+    if not len(ids) or int(ids.max()) >= hf.vocab:
+        what = "has no tokens" if not len(ids) else f"has tokens beyond the model's {hf.vocab}"
+        raise ConversionError(f"the text to compare {what}", "give another text with --text")
     return ids[: max(1, hf.max_length - _CONTINUED)].long()
 
 
-def _transformers(folder: Path) -> Logits:
-    try:
-        import transformers
-    except ImportError:
+def _round(model: torch.nn.Module, dtype: Dtype | None) -> None:
+    """Round fp32 weights to the dtype that they are stored in, if it is a smaller one."""
+    if dtype == "bf16":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16().float())
+
+
+def require_transformers() -> None:
+    """Say at once, before anything is converted, what a comparison lacks."""
+    if importlib.util.find_spec("transformers") is None:
         raise ConversionError(
             "--verify compares with transformers, which is not installed",
             "pip install transformers, or leave --verify out",
-        ) from None
+        )
+
+
+def _transformers(folder: Path, dtype: Dtype | None) -> Logits:
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -83,7 +100,7 @@ def _transformers(folder: Path) -> Logits:
     except Exception as error:
         what = f"transformers cannot read {folder}: {type(error).__name__}: {error}"
         raise ConversionError(what, "install a transformers that knows the model") from error
-    model.eval()
+    _round(model.eval(), dtype)
     return lambda tokens_T: model(tokens_T[None]).logits[0]
 
 
@@ -94,13 +111,16 @@ def _engine(hf: HfModel, weights: Callable[[Any], None]) -> Iterator[Logits]:
 
     run = _run(hf)
     engine = Engine(run, run.stages[0], hf.vocab, train=False, weights=weights)
+    _round(engine.model, hf.dtype)
 
     def logits(tokens_T: Tensor) -> Tensor:
         count = len(tokens_T)
         bounds = torch.tensor([0, count], dtype=torch.int32)
         sample = Sample(tokens_T, torch.zeros_like(tokens_T), torch.ones(count), bounds)
+        builder = engine.builder(count)
+        builder.length = count  # transformers picks LongRoPE's and dynamic NTK's by the text
         with torch.no_grad():
-            return engine.model.logits(engine.builder(count)(sample)).cpu()
+            return engine.model.logits(builder(sample)).cpu()
 
     yield logits
 

@@ -12,6 +12,7 @@ from longspan.errors import ConversionError
 from longspan.trainer.convert.families import family_for
 from longspan.trainer.convert.hf_config import read_config
 from longspan.trainer.convert.parity import compare, report
+from longspan.trainer.convert.weights import FolderWeights
 from longspan.trainer.data.tokenizer import train_tokenizer
 from longspan.trainer.settings import ModelSettings
 from support.hugging_face import VOCAB, save_tiny, their_logits
@@ -149,6 +150,8 @@ def test_the_family_of_a_model_is_kept_where_it_computes_the_same():
     assert family_for(plain, RopeSettings(), "mistral").name == "mistral"
     assert family_for(biased, RopeSettings(), "mistral").name == "qwen2"
     assert family_for(plain, RopeSettings(nope_layers=(1,))).name == "smollm3"
+    odd = ModelSettings(**{**shape, "hidden": 33, "head_dim": 16})
+    assert family_for(odd, RopeSettings()).name == "mistral"
     with pytest.raises(ConversionError, match="only a share"):
         family_for(plain, RopeSettings(rotary_share=0.5))
 
@@ -158,3 +161,58 @@ def test_a_partial_rotation_that_transformers_ignores_is_refused(tmp_path):
     save_tiny("llama", tmp_path / "hf", rope_parameters=rope)
     with pytest.raises(ConversionError, match=r"partial_rotary_factor: got 0\.5"):
         read_config(tmp_path / "hf")
+
+
+def test_a_comparison_picks_the_rope_that_the_text_asks_for(home):
+    """The text is shorter than the original length, the model's own length is not."""
+    longrope = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0}
+    longrope |= {"original_max_position_embeddings": 2048, "short_factor": [1.0] * 4}
+    longrope |= {"long_factor": [1.0, 2.0, 4.0, 8.0]}
+    save_tiny("llama", home / "longrope", rope_parameters=longrope, max_position_embeddings=8192)
+    done = longspan(home, "import", "longrope", "imported-longrope", "--verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the models are equal" in done.stdout
+
+
+def test_rounded_weights_are_compared_rounded(home):
+    done = longspan(home, "import", "hf", "imported-bf16", "--dtype", "bf16", "--verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((home / "imported-bf16" / "config.json").read_text())
+    assert (config["dtype"], config["bos_token_id"]) == ("bfloat16", 1)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(home):
+    save_tiny("llama", home / "small", vocab_size=200, eos_token_id=0)
+    (home / "small" / "tokenizer.json").write_bytes((home / "hf" / "tokenizer.json").read_bytes())
+    (home / "small" / "tokenizer_config.json").write_bytes(
+        (home / "hf" / "tokenizer_config.json").read_bytes()
+    )
+    done = longspan(home, "import", "small", "imported-small")
+    assert done.returncode == 2 and "the model's embedding 200" in done.stderr
+    assert not (home / "imported-small").exists()
+
+
+MALFORMED = {
+    "rope_scaling": 8,
+    "num_hidden_layers": "2",
+    "rope_theta": "1e6",
+    "head_dim": 0,
+    "rope_parameters": {"rope_type": ["linear"]},
+    "no_rope_layer_interval": "4",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_config_is_named(tmp_path, name):
+    save_tiny("smollm3" if "no_rope" in name else "llama", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: MALFORMED[name]}))
+    with pytest.raises(ConversionError, match=name):
+        read_config(tmp_path / "hf")
+
+
+def test_two_sets_of_weights_are_refused(tmp_path):
+    save_tiny("llama", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConversionError, match="has both"):
+        FolderWeights(tmp_path / "hf")
