@@ -148,6 +148,11 @@ def whole_story(folder: Path, out: Path) -> tuple[Said, Said]:
     return before, (our_logits(engine, text_of()), _our_greedy(engine))
 
 
+def greedy_of(folder: Path) -> list[int]:
+    """Our continuation of the text by the model in a folder, on one rank."""
+    return _our_greedy(engine_of(folder, run_of(folder)))
+
+
 def _our_greedy(engine: Any) -> list[int]:
     tokens_T = torch.cat([text_of(), torch.zeros(GREEDY, dtype=torch.int64)])
     for place in range(TEXT, TEXT + GREEDY):  # later tokens reach no earlier position

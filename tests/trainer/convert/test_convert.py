@@ -10,6 +10,7 @@ from longspan.trainer.convert.hf_config import read_config
 from safetensors import safe_open
 from support.hugging_face import (
     MODELS,
+    greedy_of,
     losses_and_training,
     save_tiny,
     text_of,
@@ -36,11 +37,15 @@ def test_in_train_and_out_is_what_transformers_computes(worlds, tmp_path, name):
     assert continued == their_greedy(tmp_path / "out")
 
 
+SPLIT = {"tensor": 2, "pipeline": 2}
 LAYOUTS = {
-    "llama": {"tensor": 2, "pipeline": 2},
-    "qwen2": {"tensor": 2, "pipeline": 2, "sequence": True},
-    "qwen3": {"tensor": 2, "pipeline": 2},
-    "qwen3_moe": {"expert": 2, "pipeline": 2},
+    "llama": ("llama", SPLIT),
+    "mistral": ("mistral", SPLIT),
+    "qwen2_sp": ("qwen2", SPLIT | {"sequence": True}),
+    "qwen3": ("qwen3", SPLIT),
+    "qwen3_moe_sp": ("qwen3_moe", SPLIT | {"sequence": True}),
+    "qwen3_moe_ep2": ("qwen3_moe", {"expert": 2, "pipeline": 2}),
+    "smollm3": ("smollm3", SPLIT),
 }
 
 
@@ -50,15 +55,16 @@ def their_losses(folder: Path) -> torch.Tensor:
     return -logits.gather(1, tokens_T.roll(-1)[:, None])[:-1, 0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_any_layout_reads_and_leaves_the_same_model(worlds, tmp_path, name):
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_any_layout_reads_and_leaves_the_same_model(worlds, tmp_path, name, layout):
     theirs = save_tiny(name, tmp_path / "hf")
-    found = worlds(4).run(losses_and_training, theirs, LAYOUTS[name], tmp_path / "step")
+    found = worlds(4).run(losses_and_training, theirs, layout, tmp_path / "step")
     before, after = found[-1]
     assert (before[:-1] - their_losses(theirs)).abs().max() < 1e-4
     assert (before - after).abs().max() > 1e-2
     export_checkpoint(tmp_path / "step", tmp_path / "out", hf=read_config(theirs))
     assert (after[:-1] - their_losses(tmp_path / "out")).abs().max() < 1e-4
+    assert worlds(1).run(greedy_of, tmp_path / "out")[0] == their_greedy(tmp_path / "out")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
