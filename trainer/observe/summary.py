@@ -108,6 +108,7 @@ def _next_commands(directory: str) -> list[str]:
     recipe = f"{directory}/recipe.yaml"
     return [
         "next:",
+        f"  longspan export {directory} {directory}-hf --verify    its model for transformers",
         f"  longspan check {recipe}    what this run computed",
         f"  longspan train {recipe} --set seed=2 --run-dir {directory}-2    the same, other seed",
     ]

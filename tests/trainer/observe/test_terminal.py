@@ -83,6 +83,7 @@ run complete: runs/tiny
   gain +0.1200 +- 0.0300 over 64 documents (4.0 standard errors): the model uses its context
   checkpoint: runs/tiny/checkpoints/step-14
 next:
+  longspan export runs/tiny runs/tiny-hf --verify    its model for transformers
   longspan check runs/tiny/recipe.yaml    what this run computed
   longspan train runs/tiny/recipe.yaml --set seed=2 --run-dir runs/tiny-2    the same, other seed
 """
