@@ -29,7 +29,7 @@ from longspan.attention.settings import RopeSettings
 from longspan.trainer.convert.convert import export_checkpoint, import_checkpoint
 from longspan.trainer.convert.families import FAMILIES
 from longspan.trainer.convert.hf_config import HfModel, write_config
-from longspan.trainer.convert.names import recipes
+from longspan.trainer.convert.names import assemblies
 from longspan.trainer.convert.safetensors_folder import write_folder
 from longspan.trainer.convert.weights import FolderWeights
 from longspan.trainer.parameters import count_parameters
@@ -49,8 +49,8 @@ def model(layers: int) -> HfModel:
 
 def write_random(folder: Path, hf: HfModel) -> None:
     """Random weights in bf16, in shards of at most 1 GiB."""
-    table = recipes(hf.model, hf.vocab).values()
-    shapes = {name: shape for recipe in table for name, shape in recipe.shapes().items()}
+    table = assemblies(hf.model, hf.vocab).values()
+    shapes = {name: shape for assembly in table for name, shape in assembly.shapes().items()}
     noise = torch.randn(2**24).to(torch.bfloat16)
     sizes = (math.prod(shape) for shape in shapes.values())
     blocks = (noise[: min(len(noise), n - at)] for n in sizes for at in range(0, n, len(noise)))

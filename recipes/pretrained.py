@@ -8,10 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import LongspanError, Problem
-from ..trainer.settings import ModelSettings, merge
+from ..trainer.settings import SCHEME, ModelSettings, merge
 from .document import describe
 
-SCHEME = "hf:"
 REPLACED = ("model", "tokenizer")
 """Blocks of a base recipe that mean nothing to a recipe which names a checkpoint."""
 

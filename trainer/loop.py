@@ -95,9 +95,10 @@ class Run:
             weights = FolderWeights(folder)  # before the data: it says at once what is wrong
         corpus = self._corpus(settings)
         if self.first:
-            source = getattr(self.run.tokenizer, "path", None)
-            own = source is not None and folder == Path(source)
-            keep_companions(self.directory.companions, folder, corpus.tokenizer_path, own=own)
+            tokenizer = corpus.tokenizer_path
+            if folder is not None and self.run.keeps_tokenizer:
+                tokenizer = folder  # with all of its files
+            keep_companions(self.directory.companions, folder, tokenizer)
         vocab = self.run.model.vocab or corpus.vocab
         engine = Engine(self.run, settings, vocab, weights=weights)
         if newest is not None:

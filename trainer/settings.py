@@ -10,7 +10,10 @@ from pydantic import Field, model_validator
 from ..attention.settings import AttentionSettings, RopeSettings
 from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
-from .data.settings import DataSettings, Tokenizer
+from .data.settings import DataSettings, LocalTokenizer, Tokenizer
+
+SCHEME = "hf:"
+"""Stands before the folder of a Hugging Face checkpoint."""
 
 
 class MoeSettings(Settings):
@@ -78,7 +81,7 @@ class ModelSettings(Settings):
     @property
     def folder(self) -> Path | None:
         """The folder that the weights start from."""
-        return None if self.weights is None else Path(self.weights.removeprefix("hf:"))
+        return None if self.weights is None else Path(self.weights.removeprefix(SCHEME))
 
     @property
     def kv_heads(self) -> int:
@@ -205,6 +208,12 @@ class RunSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def keeps_tokenizer(self) -> bool:
+        """Whether the tokenizer is the one of the checkpoint that the model starts from."""
+        tokenizer = self.tokenizer
+        return isinstance(tokenizer, LocalTokenizer) and Path(tokenizer.path) == self.model.folder
 
     @model_validator(mode="before")
     @classmethod

@@ -79,8 +79,8 @@ def test_gradient_is_the_opposite_turn(settings):
     torch.manual_seed(0)
     table = RotaryTable.build(torch.arange(7) * 11, settings, 8, 128)
     x = torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(table.apply, (x,))
-    torch.autograd.gradgradcheck(table.apply, (x,))
+    assert torch.autograd.gradcheck(table.apply, (x,))
+    assert torch.autograd.gradgradcheck(table.apply, (x,))
 
 
 @pytest.mark.parametrize("settings", [PLAIN, rope("yarn", rotary_share=0.5)])

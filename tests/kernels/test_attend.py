@@ -31,7 +31,7 @@ def draw(reach, keys, heads=(4, 2), dims=(5, 5), dtype=torch.float64, seed=0):
     return q, k, torch.randn(keys, heads[1], dims[1], dtype=dtype)
 
 
-def check(reach, keys, tolerance, with_dlse=True, **shape):
+def assert_equals_the_twin(reach, keys, tolerance, with_dlse=True, **shape):
     q, k, v = draw(reach, keys, **shape)
     bounds = (reach.first_T, reach.last_T, SCALE)
     out, lse = attend(q, k, v, reach, scale=SCALE)
@@ -53,7 +53,7 @@ def check(reach, keys, tolerance, with_dlse=True, **shape):
 def test_fp64_is_exact(kernel, cu, window, with_dlse):
     reach = Reach.documents(cu, window)
     for heads, dims in [((4, 2), (5, 5)), ((3, 3), (6, 2)), ((4, 1), (3, 8))]:
-        check(reach, cu[-1], EXACT, with_dlse, heads=heads, dims=dims)
+        assert_equals_the_twin(reach, cu[-1], EXACT, with_dlse, heads=heads, dims=dims)
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,18 +72,20 @@ def test_any_rows_over_any_keys_in_fp64(data):
     group = data.draw(st.integers(1, 2))
     heads = (group * data.draw(st.integers(1, 3)), group)
     dims = (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
-    check(reach.rows(rows).keys(keys), len(keys), EXACT, heads=heads, dims=dims)
+    assert_equals_the_twin(reach.rows(rows).keys(keys), len(keys), EXACT, heads=heads, dims=dims)
 
 
 @pytest.mark.parametrize("window", [None, 70])
 def test_fp32_is_close(kernel, window):
     reach = Reach.documents([0, 300, 301, 400], window)
-    check(reach, 400, {"atol": 2e-5, "rtol": 2e-5}, dtype=torch.float32, dims=(16, 16))
+    assert_equals_the_twin(
+        reach, 400, {"atol": 2e-5, "rtol": 2e-5}, dtype=torch.float32, dims=(16, 16)
+    )
 
 
 def test_a_window_wider_than_the_kernels_key_blocks():
     # Whole key blocks of a tile are then masked for some of its rows.
-    check(Reach.documents([0, 1500], 700), 1500, EXACT, heads=(1, 1), dims=(4, 4))
+    assert_equals_the_twin(Reach.documents([0, 1500], 700), 1500, EXACT, heads=(1, 1), dims=(4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..data.settings import DataSettings, StdlibSource
 from ..observe.events import read_events
+from ..plan import plan_stage
 from ..run_directory import RunDirectory
 from ..settings import RunSettings, StageSettings
 
@@ -28,6 +28,7 @@ def model_card(directory: RunDirectory, run: RunSettings, checkpoint: Path, name
     cursor = state["cursor"]
     environment = directory.read_environment()
     start = f"the weights of `{run.model.weights}`" if run.model.weights else "random weights"
+    stages = _stages(run, cursor["tokens"], state["ranks"])
     packages = environment.get("packages", {})
     versions = ", ".join(f"{package} {packages[package]}" for package in sorted(packages))
     return f"""\
@@ -44,7 +45,7 @@ Trained with longspan {environment.get("longspan", "")} from {start}: recipe
 
 ## Stages
 
-{_table(("stage", "length", "tokens", "RoPE", "learning rate", "layout"), _stages(run, cursor))}
+{_table(("stage", "length", "tokens", "RoPE", "learning rate", "layout"), stages)}
 
 ## Data
 
@@ -56,7 +57,7 @@ Trained with longspan {environment.get("longspan", "")} from {start}: recipe
 
 ## Exactness
 
-{_exactness(directory, checkpoint)} The order of the data is a function of the seed ({run.seed}),
+{_exactness(directory)} The order of the data is a function of the seed ({run.seed}),
 the stage and the number of the sequence, whatever the number of ranks. Versions: {versions}.
 
 ## Recipe
@@ -67,12 +68,12 @@ the stage and the number of the sequence, whatever the number of ranks. Versions
 """
 
 
-def _stages(run: RunSettings, cursor: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row per stage, with the tokens trained on up to the checkpoint."""
-    rows, left = [], int(cursor["tokens"])
-    for index, stage in enumerate(run.stages):
-        planned = -(-stage.tokens // stage.batch_tokens) * stage.batch_tokens
-        done = min(left, planned) if index <= cursor["stage"] else 0
+def _stages(run: RunSettings, tokens: int, ranks: int) -> list[tuple[str, ...]]:
+    """A row per stage, with what it had of the `tokens` trained on up to the checkpoint."""
+    rows, left = [], tokens
+    for stage in run.stages:
+        planned = plan_stage(stage, ranks).steps * stage.batch_tokens
+        done = min(left, planned)
         left -= done
         trained = f"{done:,}" if done == planned else f"{done:,} of {planned:,}"
         optimizer = stage.optimizer
@@ -126,7 +127,7 @@ def _evaluation(directory: RunDirectory, step: int) -> str:
     return "\n".join(lines) or "Not evaluated at this step."
 
 
-def _exactness(directory: RunDirectory, checkpoint: Path) -> str:
+def _exactness(directory: RunDirectory) -> str:
     starts = [e for e in read_events(directory.events) if e["event"] == "run_started"]
     ranks = {event.get("ranks") for event in starts}
     attempts = f"{len(starts)} attempt{'s' if len(starts) != 1 else ''}"

@@ -22,14 +22,13 @@ GENERATION = "generation_config.json"
 COMPANIONS = (*TOKENIZER, GENERATION)
 
 
-def keep_companions(kept: Path, folder: Path | None, tokenizer: Path, *, own: bool) -> None:
+def keep_companions(kept: Path, folder: Path | None, tokenizer: Path) -> None:
     """Keep a run's tokenizer, and what its model came with, so that an export needs nothing else.
 
     Args:
         kept: The run's own folder for them; left alone where it exists.
         folder: Of the model that the run starts from, if any; its config.json is kept, too.
-        tokenizer: The folder of the run's tokenizer.
-        own: Whether that is the model's own one; of another one no file may be mixed in.
+        tokenizer: The folder of the run's tokenizer; no file of another one is mixed in.
     """
     if kept.exists():
         return
@@ -38,7 +37,7 @@ def keep_companions(kept: Path, folder: Path | None, tokenizer: Path, *, own: bo
     part.mkdir()
     if folder is not None:
         shutil.copyfile(folder / CONFIG, part / CONFIG)
-    copy_companions(folder if own and folder is not None else tokenizer, part)
+    copy_companions(tokenizer, part)
     part.rename(kept)
 
 

@@ -21,12 +21,11 @@ from ..settings import ModelSettings
 from .companions import copy_companions
 from .families import family_for
 from .hf_config import CONFIG, Dtype, HfModel, write_config
-from .names import recipes
+from .names import assemblies
 from .safetensors_folder import SHARD_BYTES, write_folder
 from .stored_weights import StoredWeights
 from .weights import FolderWeights, split
 
-MODEL = "model.json"
 AddFiles = Callable[[Path], None]
 _TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STORED: dict[str, Dtype] = {"BF16": "bf16", "F32": "fp32"}
@@ -36,8 +35,8 @@ def import_checkpoint(hf_dir: Path, out: Path, *, dtype: Dtype | None = None) ->
     """Check a Hugging Face folder and write it as one that a run can start from.
 
     `out` holds the weights as safetensors under their Hugging Face names, one dtype, nothing
-    superfluous; config.json with every default written out; and model.json, the same in our
-    settings. An engine reads it under any layout (`FolderWeights`), and so does transformers.
+    superfluous, and config.json with every default written out. An engine reads it under any
+    layout (`FolderWeights`), and so does transformers.
 
     Args:
         hf_dir: A folder with config.json and safetensors.
@@ -97,8 +96,8 @@ def export_checkpoint(
         dtype = "bf16" if stored.dtype() == torch.bfloat16 else "fp32"
     blocks = (
         part
-        for name, recipe in recipes(hf.model, hf.vocab).items()
-        for _, part in split(stored.read(name), recipe)
+        for name, assembly in assemblies(hf.model, hf.vocab).items()
+        for _, part in split(stored.read(name), assembly)
     )
     hf = replace(hf, dtype=dtype)
     _write(out, hf, dtype, blocks, shard_bytes, add_files)
@@ -150,8 +149,8 @@ def _own_dtype(weights: FolderWeights) -> Dtype:
 
 def _shapes(hf: HfModel) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of a model, in the order in which they are written."""
-    table = recipes(hf.model, hf.vocab)
-    return {name: shape for recipe in table.values() for name, shape in recipe.shapes().items()}
+    table = assemblies(hf.model, hf.vocab)
+    return {name: shape for assembly in table.values() for name, shape in assembly.shapes().items()}
 
 
 def _write(
@@ -166,21 +165,8 @@ def _write(
     with _new_folder(out) as folder:
         write_folder(folder, _shapes(hf), _TORCH[dtype], blocks, shard_bytes=shard_bytes)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        write_atomically(folder / MODEL, json.dumps(_described(hf), indent=2) + "\n")
         if add_files is not None:
             add_files(folder)
-
-
-def _described(hf: HfModel) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "family": hf.family.name,
-        "model": hf.model.model_dump(),
-        "rope": hf.rope.model_dump(),
-        "vocab": hf.vocab,
-        "max_length": hf.max_length,
-        "dtype": hf.dtype,
-    }
 
 
 @contextmanager

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ..checkpoints import MARKER
 from ..data.tokenizer import TextTokenizer
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings
@@ -60,20 +58,15 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
 
 def _find(what: Path) -> tuple[RunDirectory, Path]:
     """The run and the checkpoint that a path means."""
-    path = what.expanduser().absolute()
+    path = what.absolute()
     if (path / _STATE).is_file():
         return RunDirectory(path.parent.parent), path
     directory = RunDirectory(path)
     directory.load_settings()
-    step = directory.newest_checkpoint_step()
-    if step is None:
+    newest = directory.newest_checkpoint()
+    if newest is None:
         raise CheckpointError(f"{directory} has no complete checkpoint yet", "train it first")
-    found = [
-        folder
-        for folder in directory.checkpoints.glob("step-*")
-        if (folder / MARKER).is_file() and int(re.sub(r"\D", "", folder.name) or -1) == step
-    ]
-    return directory, found[0]
+    return directory, newest
 
 
 def _with_history(hf: HfModel, directory: RunDirectory, run: RunSettings) -> HfModel:
@@ -82,7 +75,7 @@ def _with_history(hf: HfModel, directory: RunDirectory, run: RunSettings) -> HfM
     origin = directory.companions / CONFIG
     if origin.is_file():
         raw = json.loads(origin.read_text("utf-8"))
-    if run.model.folder is None or getattr(run.tokenizer, "path", "") != str(run.model.folder):
+    if not run.keeps_tokenizer:
         ids: dict[str, Any] = dict.fromkeys(KEPT)
         raw |= ids | {"eos_token_id": TextTokenizer.load(directory.companions).eod}
     length = hf.max_length

@@ -259,7 +259,7 @@ def _model(family: Family, values: Mapping[str, Any]) -> ModelSettings:
     if heads % model.kv_heads:
         raise ValueError(f"num_attention_heads {heads} is no multiple of {model.kv_heads} kv heads")
     for name in ("vocab_size", "max_position_embeddings"):
-        if not isinstance(values[name], int) or values[name] < 2:
+        if values[name] < 2:
             raise ValueError(f"{name} is {values[name]!r}, not a number of at least 2")
     return model
 

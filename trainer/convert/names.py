@@ -23,7 +23,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Assembly:
     """What one parameter of ours is made of.
 
     Attributes:
@@ -62,7 +62,7 @@ HEAD = "lm_head.weight"
 _ATTENTION = "self_attention.linear_qkv"
 
 
-def recipes(model: ModelSettings, vocab: int) -> dict[str, Recipe]:
+def assemblies(model: ModelSettings, vocab: int) -> dict[str, Assembly]:
     """Every parameter of a model by its global name (`trainer.engine.partition`), in its order.
 
     Args:
@@ -78,18 +78,18 @@ def recipes(model: ModelSettings, vocab: int) -> dict[str, Recipe]:
     return table
 
 
-def _whole(name: str, rows: int, columns: int | None = None) -> Recipe:
-    return Recipe((Rows(name, 0, rows),), columns)
+def _whole(name: str, rows: int, columns: int | None = None) -> Assembly:
+    return Assembly((Rows(name, 0, rows),), columns)
 
 
-def _layer(model: ModelSettings, ours: str, theirs: str) -> dict[str, Recipe]:
+def _layer(model: ModelSettings, ours: str, theirs: str) -> dict[str, Assembly]:
     hidden, width = model.hidden, model.head_width
     table = {
         f"{ours}input_layernorm.weight": _whole(f"{theirs}input_layernorm.weight", hidden),
-        f"{ours}{_ATTENTION}.weight": Recipe(_qkv(model, theirs, "weight"), hidden),
+        f"{ours}{_ATTENTION}.weight": Assembly(_qkv(model, theirs, "weight"), hidden),
     }
     if model.qkv_bias:
-        table[f"{ours}{_ATTENTION}.bias"] = Recipe(_qkv(model, theirs, "bias"))
+        table[f"{ours}{_ATTENTION}.bias"] = Assembly(_qkv(model, theirs, "bias"))
     out = _whole(f"{theirs}self_attn.o_proj.weight", hidden, model.heads * width)
     table[f"{ours}self_attention.linear_proj.weight"] = out
     if model.qk_norm:
@@ -119,10 +119,10 @@ def _qkv(model: ModelSettings, theirs: str, kind: str) -> tuple[Rows, ...]:
     )
 
 
-def _mlp(model: ModelSettings, ours: str, theirs: str, suffix: str) -> dict[str, Recipe]:
+def _mlp(model: ModelSettings, ours: str, theirs: str, suffix: str) -> dict[str, Assembly]:
     inner, hidden = model.ffn_hidden, model.hidden
     halves = tuple(Rows(f"{theirs}{half}_proj.weight", 0, inner) for half in ("gate", "up"))
     return {
-        f"{ours}linear_fc1.weight{suffix}": Recipe(halves, hidden),
+        f"{ours}linear_fc1.weight{suffix}": Assembly(halves, hidden),
         f"{ours}linear_fc2.weight{suffix}": _whole(f"{theirs}down_proj.weight", hidden, inner),
     }

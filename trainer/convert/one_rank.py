@@ -12,16 +12,7 @@ import torch.distributed as dist
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process; used as it is where there is one already.
-
-    Raises:
-        RuntimeError: The process is one of several ranks.
-    """
-    if dist.is_initialized():
-        if dist.get_world_size() > 1:
-            raise RuntimeError("a conversion is the work of one process, not of several ranks")
-        yield
-        return
+    """A process group of this process while the block runs; there must be none yet."""
     with TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:

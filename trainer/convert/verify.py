@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +46,8 @@ def verify(hf: HfModel, weights: Weights, folder: Path, text: str | None) -> Par
     theirs = _transformers(folder, hf.dtype)
     tokens_T = _tokens(folder, hf, text)
     set_up(0, 1)
-    with one_rank(), _engine(hf, weights) as ours:
-        return compare(ours, theirs, tokens_T, _CONTINUED)
+    with one_rank():
+        return compare(_engine(hf, weights), theirs, tokens_T, _CONTINUED)
 
 
 def _tokens(folder: Path, hf: HfModel, text: str | None) -> Tensor:
@@ -104,9 +102,8 @@ def _transformers(folder: Path, dtype: Dtype | None) -> Logits:
     return lambda tokens_T: model(tokens_T[None]).logits[0]
 
 
-@contextmanager
-def _engine(hf: HfModel, weights: Callable[[Any], None]) -> Iterator[Logits]:
-    """Logits of an engine of one rank."""
+def _engine(hf: HfModel, weights: Weights) -> Logits:
+    """An engine of one rank."""
     from ..engine.engine import Engine
 
     run = _run(hf)
@@ -122,7 +119,7 @@ def _engine(hf: HfModel, weights: Callable[[Any], None]) -> Iterator[Logits]:
         with torch.no_grad():
             return engine.model.logits(builder(sample)).cpu()
 
-    yield logits
+    return logits
 
 
 def _run(hf: HfModel) -> RunSettings:

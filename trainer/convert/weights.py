@@ -11,7 +11,7 @@ import torch
 from ...errors import ConversionError
 from ..settings import ModelSettings
 from .hf_config import CONFIG, HfModel, read_config
-from .names import EMBEDDING, HEAD, Recipe, Rows, recipes
+from .names import EMBEDDING, HEAD, Assembly, Rows, assemblies
 from .safetensors_folder import SafetensorsFolder, is_plain, some
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class FolderWeights:
 
     Attributes:
         hf: What config.json says.
-        recipes: What each of our parameters is made of.
+        assemblies: What each of our parameters is made of.
 
     Raises:
         ConversionError: Whatever can be told from config.json and the files' headers: tensors that
@@ -38,7 +38,7 @@ class FolderWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hf: HfModel = read_config(path)
-        self.recipes = recipes(self.hf.model, self.hf.vocab)
+        self.assemblies = assemblies(self.hf.model, self.hf.vocab)
         self._folder = SafetensorsFolder(path)
         self._check()
 
@@ -90,19 +90,19 @@ class FolderWeights:
 
     def dtypes(self) -> set[str]:
         """The dtypes of the model's tensors as safetensors calls them, such as BF16."""
-        names = (name for recipe in self.recipes.values() for name in recipe.shapes())
+        names = (name for assembly in self.assemblies.values() for name in assembly.shapes())
         return {self._folder.headers[name].dtype for name in names}
 
     def _fill(
         self, part: torch.Tensor, name: str, first: int, columns: tuple[int, int] | None
     ) -> None:
-        """Our rows from `first` on; rows beyond the recipe's are padding."""
-        recipe = self.recipes[name]
-        whole = columns is None or columns == (0, recipe.columns)
-        for at, rows in recipe.within(first, first + len(part)):
+        """Our rows from `first` on; rows beyond the assembly's are padding."""
+        assembly = self.assemblies[name]
+        whole = columns is None or columns == (0, assembly.columns)
+        for at, rows in assembly.within(first, first + len(part)):
             for block, row in self._blocks(rows, None if whole else columns):
                 part[at + row : at + row + len(block)].copy_(block)
-        part[max(0, recipe.rows - first) :].zero_()
+        part[max(0, assembly.rows - first) :].zero_()
 
     def _blocks(
         self, rows: Rows, columns: tuple[int, int] | None
@@ -129,8 +129,8 @@ class FolderWeights:
     def _check(self) -> None:
         headers = self._folder.headers
         expected: dict[str, tuple[int, ...]] = {}
-        for recipe in self.recipes.values():
-            expected |= recipe.shapes()
+        for assembly in self.assemblies.values():
+            expected |= assembly.shapes()
         missing = [name for name in expected if name not in headers]
         surplus = [n for n in headers if n not in expected and not self._harmless(n, expected)]
         wrong = [
@@ -172,11 +172,11 @@ def _shape_of(model: ModelSettings) -> dict[str, Any]:
     return values | {"moe": model.moe and model.moe.model_dump(exclude={"aux_loss"})}
 
 
-def split(full: torch.Tensor, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]]:
+def split(full: torch.Tensor, assembly: Assembly) -> Iterator[tuple[str, torch.Tensor]]:
     """The Hugging Face tensors in a whole parameter of ours, padding cut off."""
-    for name in recipe.shapes():
+    for name in assembly.shapes():
         top, parts = 0, []
-        for piece in recipe.pieces:
+        for piece in assembly.pieces:
             if piece.name == name:
                 parts.append(full[top : top + piece.count])
             top += piece.count

@@ -156,16 +156,21 @@ def test_a_narrow_live_line_keeps_what_matters(monkeypatch):
 
 
 def test_a_terminal_that_went_away_is_ignored():
+    tried = []
+
     class Gone(Screen):
         def write(self, text):
+            tried.append(text)
             raise OSError(5, "Input/output error")
 
     for live in (False, True):
+        tried.clear()
         terminal = Terminal("runs/tiny", Gone(), live=live)
         terminal.step(at(1))
         terminal.message("hello")
         terminal.finished(SUMMARY)
         terminal.close()
+        assert tried, "nothing was written at all"
 
 
 def test_the_time_left_counts_later_stages_by_their_tokens_and_forgets_the_first_step():
