@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .mirror import Mirror
 from .pieces import RowGroup, plan_pieces
 
 
@@ -96,6 +97,16 @@ class Reach:
     def area(self) -> int:
         """Number of visible (query, key) pairs."""
         return int((self.last_T - self.first_T).clamp(min=0).sum())
+
+    @cached_property
+    def first(self) -> Mirror:
+        """`first_T` as int32 on other devices."""
+        return Mirror(self.first_T)
+
+    @cached_property
+    def last(self) -> Mirror:
+        """`last_T` as int32 on other devices."""
+        return Mirror(self.last_T)
 
     @cached_property
     def pieces(self) -> tuple[RowGroup, ...]:

@@ -41,7 +41,7 @@ class AllGather:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gathers again; one reduce-scatter returns dk and dv to their owners."""
         k_SGD, v_SGV = self._gather(k_TGD), self._gather(v_TGV)
-        dq_THD, dk_SGD, dv_SGV = attend_backward(
+        dq_THD, dk_SGD, dv_SGV, *_ = attend_backward(
             dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, reach, scale=scale
         )
         reduced_TGX = self._reduce(dk_SGD, dv_SGV)

@@ -67,7 +67,8 @@ class Local:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the only shard."""
-        return attend_backward(dout_THV, q_THD, k_TGD, v_TGV, out_THV, lse_TH, reach, scale=scale)
+        grads = attend_backward(dout_THV, q_THD, k_TGD, v_TGV, out_THV, lse_TH, reach, scale=scale)
+        return grads[:3]
 
 
 class Exchange:

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..kernels.attend import attend, attend_backward, merge
+from ..kernels.attend import attend, attend_backward
+from ..kernels.merge import merge
 from ..kernels.reach import Reach
 from .layout import Layout
 from .transport import Transport
@@ -71,7 +72,7 @@ class Ring:
 
         def gradients(shard: Shard, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             dout, q, out, lse = (x[shard.rows] for x in (dout_THV, q_THD, out_THV, lse_TH))
-            return attend_backward(dout, q, k, v, out, lse, shard.reach, scale=scale)
+            return attend_backward(dout, q, k, v, out, lse, shard.reach, scale=scale)[:3]
 
         arrivals = self._arrivals(reach, k_TGD, v_TGV)
         dq_THD, dk, dv = gradients(*next(arrivals))

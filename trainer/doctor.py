@@ -98,12 +98,10 @@ def _why_no_gpu() -> str:
 def _attention() -> Iterator[Row]:
     import torch
 
-    from ..kernels import attend
+    from ..kernels.backends import standing
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernel = attend.kernel_for(torch.empty(0, device=device))
-    about = (kernel.__doc__ or "").splitlines()[0].partition(": ")[2]
-    yield kernel.__name__.rpartition(".")[2], about, f"for tensors on {device}"
+    yield from standing(device)
 
 
 def _packages() -> Iterator[Row]:

@@ -9,6 +9,7 @@ from longspan.parallel.layout import make_layout
 from longspan.parallel.simulation import simulate
 from reference.attention import naive_attend
 from reference.rope import naive_rope
+from reference.visibility import visible_in
 
 DOCUMENTS = [0, 9, 10, 32]
 POSITIONS = torch.cat([torch.arange(9), torch.arange(1), torch.arange(22)])
@@ -20,7 +21,7 @@ def test_dense_is_rope_then_attention_on_any_number_of_ranks():
     reach = Reach.documents(DOCUMENTS)
     rope = RopeSettings(base=500.0)
     turned = [naive_rope(x, POSITIONS, rope, 32) for x in (q, k)]
-    want, _ = naive_attend(*turned, v, reach.first_T, reach.last_T, 8**-0.5)
+    want, _ = naive_attend(*turned, v, visible_in(reach.first_T, reach.last_T, len(v)), 8**-0.5)
     mechanism = make_mechanism(AttentionSettings(mechanism="dense"))
     assert not mechanism.needs_hidden and not list(mechanism.parameters())
     for ranks in (1, 2, 4):

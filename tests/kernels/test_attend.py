@@ -1,14 +1,15 @@
 import resource
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longspan.kernels import plain
-from longspan.kernels.attend import attend, attend_backward, merge
+from longspan.kernels.attend import attend, attend_backward
+from longspan.kernels.eager import dense, plain
+from longspan.kernels.merge import merge
 from longspan.kernels.reach import Reach
 from reference.attention import naive_attend, naive_gradients
+from reference.visibility import visible_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCALE = 0.3
@@ -20,7 +21,7 @@ def kernel(request, monkeypatch):
     """Both kernels run on a CPU; the plain one with tiles small enough that it loops."""
     if request.param == "plain":
         monkeypatch.setattr(plain, "MAX_SCORES", 2**10)
-        monkeypatch.setattr(sys.modules[attend.__module__], "kernel_for", lambda _: plain)
+        monkeypatch.setattr(dense, "uses_flash", lambda *_: False)
 
 
 def draw(reach, keys, heads=(4, 2), dims=(5, 5), dtype=torch.float64, seed=0):
@@ -33,7 +34,7 @@ def draw(reach, keys, heads=(4, 2), dims=(5, 5), dtype=torch.float64, seed=0):
 
 def assert_equals_the_twin(reach, keys, tolerance, with_dlse=True, **shape):
     q, k, v = draw(reach, keys, **shape)
-    bounds = (reach.first_T, reach.last_T, SCALE)
+    bounds = (visible_in(reach.first_T, reach.last_T, keys), SCALE)
     out, lse = attend(q, k, v, reach, scale=SCALE)
     assert out.is_contiguous() and out.dtype == q.dtype
     want_out, want_lse = naive_attend(q, k, v, *bounds)
@@ -41,7 +42,7 @@ def assert_equals_the_twin(reach, keys, tolerance, with_dlse=True, **shape):
     torch.testing.assert_close(lse.double(), want_lse, **tolerance)
     dout = torch.randn_like(out)
     dlse = torch.randn_like(lse) if with_dlse else None
-    grads = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE, dlse_TH=dlse)
+    grads = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE, dlse_TH=dlse)[:3]
     wants = naive_gradients(dout, q, k, v, *bounds, dlse)
     for grad, want in zip(grads, wants, strict=True):
         torch.testing.assert_close(grad.double(), want, **tolerance)
@@ -97,7 +98,7 @@ def test_a_row_that_sees_nothing(kernel, dtype):
     assert bool(lse[50:].isfinite().all())
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     dout, dlse = torch.ones_like(out), torch.ones_like(lse)
-    grads = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE, dlse_TH=dlse)
+    grads = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE, dlse_TH=dlse)[:3]
     assert all(bool(grad.isfinite().all()) and grad.dtype == lse.dtype for grad in grads)
     assert bool((grads[0][:50] == 0).all())
 
@@ -106,7 +107,7 @@ def test_no_keys_at_all():
     reach = Reach.documents([0, 8]).keys(torch.arange(0))
     q, k, v = draw(reach, 0)
     out, lse = attend(q, k, v, reach, scale=SCALE)
-    dq, dk, dv = attend_backward(out, q, k, v, out, lse, reach, scale=SCALE)
+    dq, dk, dv, *_ = attend_backward(out, q, k, v, out, lse, reach, scale=SCALE)
     assert not bool(out.any()) and not bool(dq.any()) and dk.shape == k.shape == dv.shape
 
 
@@ -116,10 +117,11 @@ def test_strided_and_expanded_inputs():
     q, k, v = fused.unbind(1)
     v = v.transpose(1, 2).contiguous().transpose(1, 2)
     out, lse = attend(q, k, v, reach, scale=SCALE)
-    torch.testing.assert_close(out, naive_attend(q, k, v, reach.first_T, reach.last_T, SCALE)[0])
+    bounds = (visible_in(reach.first_T, reach.last_T, 90), SCALE)
+    torch.testing.assert_close(out, naive_attend(q, k, v, *bounds)[0])
     dout = torch.ones(1, 1, 1, dtype=torch.float64).expand_as(out)
-    got = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE)
-    wants = naive_gradients(dout, q, k, v, reach.first_T, reach.last_T, SCALE)
+    got = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE)[:3]
+    wants = naive_gradients(dout, q, k, v, *bounds)
     for grad, want in zip(got, wants, strict=True):
         torch.testing.assert_close(grad, want, **EXACT)
 
@@ -127,10 +129,10 @@ def test_strided_and_expanded_inputs():
 def bf16_errors(reach, keys):
     """Largest error of output and gradients against fp64, relative to the largest entry."""
     q, k, v = draw(reach, keys, heads=(4, 2), dims=(16, 16), dtype=torch.bfloat16)
-    bounds = (reach.first_T, reach.last_T, SCALE)
+    bounds = (visible_in(reach.first_T, reach.last_T, keys), SCALE)
     out, lse = attend(q, k, v, reach, scale=SCALE)
     dout = torch.randn_like(out)
-    grads = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE)
+    grads = attend_backward(dout, q, k, v, out, lse, reach, scale=SCALE)[:3]
     got = (out, *(grad.bfloat16() for grad in grads))
     wants = (naive_attend(q, k, v, *bounds)[0], *naive_gradients(dout, q, k, v, *bounds))
     return [
@@ -159,7 +161,7 @@ def test_two_shards_merge_to_the_whole_and_their_backwards_add_up():
     parts = [(reach.keys(index), index) for index in halves(reach, 90)]
     results = [attend(q, k[index], v[index], local, scale=SCALE) for local, index in parts]
     out, lse = merge(*results[0], *results[1])
-    bounds = (reach.first_T, reach.last_T, SCALE)
+    bounds = (visible_in(reach.first_T, reach.last_T, 90), SCALE)
     want_out, want_lse = naive_attend(q, k, v, *bounds)
     torch.testing.assert_close(out, want_out, **EXACT)
     torch.testing.assert_close(lse, want_lse, **EXACT)
@@ -214,12 +216,13 @@ def test_64k_tokens_in_bounded_memory():
     q, k, v = draw(reach, tokens, heads=(1, 1), dims=(16, 16), dtype=torch.float32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out, lse = attend(q, k, v, reach, scale=SCALE)
-    grads = attend_backward(out, q, k, v, out, lse, reach, scale=SCALE)
+    grads = attend_backward(out, q, k, v, out, lse, reach, scale=SCALE)[:3]
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     # One row of 64K x 64K scores in fp32 for 1024 queries alone would be 256 MiB.
     assert grown_mib < 200, grown_mib
     assert all(bool(x.isfinite().all()) for x in (out, lse, *grads))
     last = slice(tokens - 300, tokens)
     near = Reach.documents([0, tokens - 20_001], 256).rows(torch.arange(tokens - 20_001)[-300:])
-    want, _ = naive_attend(q[last], k[20_001:], v[20_001:], near.first_T, near.last_T, SCALE)
+    visible = visible_in(near.first_T, near.last_T, tokens - 20_001)
+    want, _ = naive_attend(q[last], k[20_001:], v[20_001:], visible, SCALE)
     torch.testing.assert_close(out[last].double(), want, atol=1e-5, rtol=1e-5)

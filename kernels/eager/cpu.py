@@ -1,5 +1,7 @@
 """Attention of one piece on a CPU: the flash-attention operator that ships with PyTorch.
 
+It knows neither soft cap nor biases.
+
 Shapes: T query rows, S keys, H query heads, G key-value heads (H is a multiple of G), D head dim.
 """
 

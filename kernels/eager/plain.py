@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..scoring import Scoring
+
 # Scores that exist at once, over all heads.
 MAX_SCORES = 2**25
 
@@ -22,16 +24,19 @@ def forward(
     *,
     causal: bool,
     mask_TS: Tensor | None,
-    scale: float,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, H, V] and natural-log lse [T, H] of one piece; see `cpu.forward`."""
+    """Output [T, H, V] and natural-log lse [T, H] of one piece; see `cpu.forward`.
+
+    A row that sees no key has output 0 and lse -inf.
+    """
     out_THV = q_THD.new_empty(*q_THD.shape[:2], v_SGV.shape[2])
     lse_TH = q_THD.new_empty(q_THD.shape[:2])
     for rows, keys in _tiles(q_THD, k_SGD, causal):
         mask = _tile_mask(rows, keys, causal, mask_TS, q_THD)
-        scores_GNS = _scores(q_THD[rows], k_SGD[:keys], mask, scale)
+        scores_GNS, _ = _scores(q_THD[rows], k_SGD[:keys], mask, scoring)
         lse_GN = scores_GNS.logsumexp(-1, keepdim=True)
-        weights_GNS = scores_GNS.sub_(lse_GN).exp_()
+        weights_GNS = scores_GNS.sub_(_finite(lse_GN)).exp_()
         out_THV[rows] = _ungroup(weights_GNS @ v_SGV[:keys].transpose(0, 1), rows)
         lse_TH[rows] = _ungroup(lse_GN, rows).squeeze(-1)
     return out_THV, lse_TH
@@ -42,30 +47,52 @@ def backward(
     q_THD: Tensor,
     k_SGD: Tensor,
     v_SGV: Tensor,
-    out_THV: Tensor,
+    delta_TH: Tensor,
     lse_TH: Tensor,
     *,
     causal: bool,
     mask_TS: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [T, H, D], dk [S, G, D], dv [S, G, V]; see `cpu.backward`."""
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients dq [T, H, D], dk [S, G, D], dv [S, G, V] and of the keys' biases [S, H].
+
+    Args:
+        dout_THV: Gradient of the output.
+        q_THD: Queries.
+        k_SGD: Keys.
+        v_SGV: Values.
+        delta_TH: dout . out - dlse, over all keys that the rows see anywhere.
+        lse_TH: Natural-log lse over the same.
+        causal: See `cpu.forward`, like the rest.
+        mask_TS: Added to the scores.
+        scoring: How products become scores.
+    """
     groups = k_SGD.shape[1]
     dq_THD = torch.empty_like(q_THD)
     dk_GSD = torch.zeros_like(k_SGD.transpose(0, 1))
     dv_GSV = torch.zeros_like(v_SGV.transpose(0, 1))
+    bias_SH = scoring.key_bias_SH
+    dbias_SH = None if bias_SH is None else q_THD.new_zeros(bias_SH.shape)
     for rows, keys in _tiles(q_THD, k_SGD, causal):
         mask = _tile_mask(rows, keys, causal, mask_TS, q_THD)
         k_GSD, v_GSV = k_SGD[:keys].transpose(0, 1), v_SGV[:keys].transpose(0, 1)
-        lse_GN1 = _group(lse_TH[rows].unsqueeze(-1), groups)
+        lse_GN1 = _finite(_group(lse_TH[rows].unsqueeze(-1), groups))
+        delta_GN1 = _group(delta_TH[rows].unsqueeze(-1), groups)
         dout_GNV = _group(dout_THV[rows], groups)
-        delta_GN1 = (dout_GNV * _group(out_THV[rows], groups)).sum(-1, keepdim=True)
-        weights_GNS = _scores(q_THD[rows], k_SGD[:keys], mask, scale).sub_(lse_GN1).exp_()
+        scores_GNS, slope_GNS = _scores(q_THD[rows], k_SGD[:keys], mask, scoring)
+        weights_GNS = scores_GNS.sub_(lse_GN1).exp_()
         dv_GSV[:, :keys] += weights_GNS.mT @ dout_GNV
-        dscores_GNS = (dout_GNV @ v_GSV.mT).sub_(delta_GN1).mul_(weights_GNS).mul_(scale)
+        dscores_GNS = (dout_GNV @ v_GSV.mT).sub_(delta_GN1).mul_(weights_GNS)
+        if dbias_SH is not None:
+            size = rows.stop - rows.start
+            per_head_GRS = dscores_GNS.unflatten(1, (-1, size)).sum(2)
+            dbias_SH[:keys] += per_head_GRS.flatten(0, 1).T
+        dscores_GNS.mul_(scoring.scale)
+        if slope_GNS is not None:
+            dscores_GNS.mul_(slope_GNS)
         dk_GSD[:, :keys] += dscores_GNS.mT @ _group(q_THD[rows], groups)
         dq_THD[rows] = _ungroup(dscores_GNS @ k_GSD, rows)
-    return dq_THD, dk_GSD.transpose(0, 1), dv_GSV.transpose(0, 1)
+    return dq_THD, dk_GSD.transpose(0, 1), dv_GSV.transpose(0, 1), dbias_SH
 
 
 def _tiles(q_THD: Tensor, k_SGD: Tensor, causal: bool) -> Iterator[tuple[slice, int]]:
@@ -89,15 +116,31 @@ def _tile_mask(
     return like.new_zeros(hidden_TS.shape).masked_fill_(hidden_TS, float("-inf"))
 
 
-def _scores(q_THD: Tensor, k_SGD: Tensor, mask_TS: Tensor | None, scale: float) -> Tensor:
-    """Scaled and masked scores [G, R * T, S]."""
+def _scores(
+    q_THD: Tensor, k_SGD: Tensor, mask_TS: Tensor | None, scoring: Scoring
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [G, R * T, S], masked, and the slope of the cap there (None without a cap)."""
     rows, heads = q_THD.shape[:2]
     keys, groups = k_SGD.shape[:2]
     scores_GNS = _group(q_THD, groups) @ k_SGD.permute(1, 2, 0)
-    scores_GNS.mul_(scale)
+    scores_GNS.mul_(scoring.scale)
+    slope_GNS = None
+    if scoring.softcap is not None:
+        scores_GNS.div_(scoring.softcap).tanh_()
+        slope_GNS = 1 - scores_GNS.square()
+        scores_GNS.mul_(scoring.softcap)
+    scores_GRTS = scores_GNS.view(groups, heads // groups, rows, keys)
+    if scoring.key_bias_SH is not None:
+        bias_HS = scoring.key_bias_SH[:keys].T.to(scores_GNS.dtype)
+        scores_GRTS.add_(bias_HS.reshape(groups, -1, 1, keys))
     if mask_TS is not None:
-        scores_GNS.view(groups, heads // groups, rows, keys).add_(mask_TS)
-    return scores_GNS
+        scores_GRTS.add_(mask_TS)
+    return scores_GNS, slope_GNS
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """The lse with 0 where nothing is seen: -inf minus -inf is NaN."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _group(x_THD: Tensor, groups: int) -> Tensor:

@@ -1,0 +1,119 @@
+"""Blocks: which blocks of a grid each query may see, as chosen by a selection.
+
+Shapes: T query rows, Q query groups, B blocks of the grid, C block heads (heads that choose
+separately), N blocks per choice, P = C * Q * N choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .mirror import Mirror
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """For each query group and block head a list of blocks; a query sees their union in its reach.
+
+    Numbers of grid blocks and no ranges of keys: half the memory, duplicates are equal numbers,
+    and the choices invert by counting.
+
+    Attributes:
+        ids_QCN: Chosen blocks, int32 on the queries' device, ascending and distinct in each
+            list apart from -1 for none. A block head may serve several key-value heads, or there
+            may be one per query head.
+        grid: The blocks to choose from.
+        query_starts: Boundaries of the query groups, ascending from 0, int64 [Q + 1] on the host;
+            None if each query row chooses for itself.
+    """
+
+    ids_QCN: Tensor
+    grid: Grid
+    query_starts: Tensor | None = None
+
+    @classmethod
+    def choose(
+        cls,
+        ids_QCN: Tensor,
+        grid: Grid,
+        query_starts: Tensor | Sequence[int] | None = None,
+        *,
+        check: bool = False,
+    ) -> Blocks:
+        """Blocks from lists in any order, with duplicates and entries below 0 for none.
+
+        Args:
+            ids_QCN: Chosen blocks, of any integer dtype.
+            grid: The blocks to choose from.
+            query_starts: Boundaries of the query groups; None if each row chooses for itself.
+            check: Raise ValueError for a number outside the grid, which waits for the device.
+        """
+        if ids_QCN.ndim != 3 or ids_QCN.is_floating_point():
+            raise ValueError(
+                f"block numbers must be integers [Q, C, N], not {ids_QCN.dtype} "
+                f"{list(ids_QCN.shape)}"
+            )
+        if check and ids_QCN.numel() and int(ids_QCN.max()) >= len(grid):
+            raise ValueError(f"block {int(ids_QCN.max())} is not in a grid of {len(grid)} blocks")
+        ids = ids_QCN.int().sort(dim=-1).values
+        ids = ids.masked_fill(ids < 0, -1)
+        twice = torch.zeros_like(ids, dtype=torch.bool)
+        twice[..., 1:] = ids[..., 1:] == ids[..., :-1]
+        starts = None if query_starts is None else torch.as_tensor(query_starts, dtype=torch.int64)
+        return cls(ids.masked_fill(twice, -1), grid, starts)
+
+    def keys(self, index_S: Tensor) -> Blocks:
+        """The same choices over local keys only; see `Grid.keys`."""
+        return Blocks(self.ids_QCN, self.grid.keys(index_S), self.query_starts)
+
+    @property
+    def rows(self) -> int:
+        """Number of query rows."""
+        return len(self.ids_QCN) if self.query_starts is None else int(self.query_starts[-1])
+
+    @cached_property
+    def group_T(self) -> Mirror | None:
+        """The query group of each row, on any device; None if each row is its own."""
+        if self.query_starts is None:
+            return None
+        sizes = self.query_starts.diff()
+        return Mirror(torch.repeat_interleave(torch.arange(len(sizes)), sizes))
+
+    @cached_property
+    def inverse(self) -> Inverse:
+        """The choices in the order of the chosen blocks, made once for forward and backward."""
+        return Inverse.of(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """Who chose each block.
+
+    Attributes:
+        groups_P: Query groups, sorted by block head, then block, then group; int32.
+        starts_CB1: Where each block's groups begin, int64 [C * B + 1]: those that chose block b
+            with block head c are at starts[c * B + b] to starts[c * B + b + 1]. Choices of nothing
+            come after all others.
+    """
+
+    groups_P: Tensor
+    starts_CB1: Tensor
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> Inverse:
+        """Sorts the choices of `blocks`; stable, so that the order is the same every time."""
+        ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
+        _, heads, width = ids_QCN.shape
+        head_C1 = torch.arange(heads, device=ids_QCN.device)[:, None]
+        key_QCN = ids_QCN + head_C1 * count
+        key_QCN = key_QCN.masked_fill(ids_QCN < 0, heads * count)
+        sorted_P, order_P = key_QCN.flatten().sort(stable=True)
+        edges = torch.arange(heads * count + 1, device=ids_QCN.device)
+        starts = torch.searchsorted(sorted_P, edges)
+        return cls((order_P // (heads * width)).int(), starts)

@@ -1,0 +1,83 @@
+"""Visits: the choices of `Blocks`, key block by key block, as pieces over gathered rows.
+
+Shapes: T query rows, B blocks of the grid, C block heads, P choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..blocks import Blocks
+from ..reach import Reach
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The rows that chose one block and see it.
+
+    Attributes:
+        rows_M: Their numbers, ascending.
+        keys: The block's keys.
+        block_head: Which of the block heads.
+        mask_MS: Added to the scores: 0 where visible, -inf elsewhere; None where all is visible.
+    """
+
+    rows_M: Tensor
+    keys: slice
+    block_head: int
+    mask_MS: Tensor | None
+
+
+def visits(reach: Reach, blocks: Blocks, like: Tensor) -> Iterator[Visit]:
+    """Every visible (row, block) pair in exactly one visit; masks in the dtype of `like`.
+
+    Waits for the device, once.
+    """
+    device, count = like.device, len(blocks.grid)
+    starts_B1 = blocks.grid.mirror.on(device)
+    first_T, last_T = reach.first.on(device), reach.last.on(device)
+    row_P, key_P = _choices(blocks)
+    begin_P, end_P = starts_B1[key_P % count], starts_B1[key_P % count + 1]
+    first_P, last_P = first_T[row_P], last_T[row_P]
+    whole_P = (first_P <= begin_P) & (end_P <= last_P) & (begin_P < end_P)
+    partly_P = (torch.maximum(first_P, begin_P) < torch.minimum(last_P, end_P)) & ~whole_P
+    edges = torch.arange(blocks.ids_QCN.shape[1] * count + 1, device=device)
+    bounds = blocks.grid.starts_B1.tolist()
+    for chosen_P, masked in ((whole_P, False), (partly_P, True)):
+        rows = row_P[chosen_P]
+        cuts = torch.searchsorted(key_P[chosen_P], edges).tolist()
+        for at, (start, stop) in enumerate(pairwise(cuts)):
+            if start == stop:
+                continue
+            rows_M = rows[start:stop]
+            keys = slice(bounds[at % count], bounds[at % count + 1])
+            mask = _mask(first_T[rows_M], last_T[rows_M], keys, like) if masked else None
+            yield Visit(rows_M, keys, at // count, mask)
+
+
+def _choices(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Row and block (block head * B + block) of each choice, sorted by block, then row."""
+    inverse = blocks.inverse
+    sizes = inverse.starts_CB1.diff()
+    key_P = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    group_P = inverse.groups_P[: len(key_P)].long()
+    if blocks.query_starts is None:
+        return group_P, key_P
+    starts = blocks.query_starts.to(group_P.device)
+    rows_P = starts.diff()[group_P]
+    ends = rows_P.cumsum(0)
+    within = torch.arange(int(ends[-1]) if len(ends) else 0, device=ends.device)
+    within -= torch.repeat_interleave(ends - rows_P, rows_P)
+    row_P = torch.repeat_interleave(starts[group_P], rows_P) + within
+    return row_P, torch.repeat_interleave(key_P, rows_P)
+
+
+def _mask(first_M: Tensor, last_M: Tensor, keys: slice, like: Tensor) -> Tensor:
+    key_S = torch.arange(keys.start, keys.stop, device=like.device)
+    visible_MS = (key_S >= first_M[:, None]) & (key_S < last_M[:, None])
+    return like.new_zeros(visible_MS.shape).masked_fill_(~visible_MS, float("-inf"))

@@ -1,0 +1,25 @@
+"""Mirror: a tensor that is planned on the host, and its copies on devices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Mirror:
+    """Copies of a host tensor as int32 on devices, each made once and without waiting."""
+
+    def __init__(self, host: Tensor) -> None:
+        self._host = host
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The copy on `device`."""
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = self._host.int()
+            if device.type == "cuda":
+                # Only a copy from pinned memory does not wait for the device.
+                copy = copy.pin_memory().to(device, non_blocking=True)
+            self._copies[device] = copy
+        return copy
