@@ -61,11 +61,13 @@ class Blocks:
             )
         if check and ids_QCN.numel() and int(ids_QCN.max()) >= len(grid):
             raise ValueError(f"block {int(ids_QCN.max())} is not in a grid of {len(grid)} blocks")
+        starts = None if query_starts is None else torch.as_tensor(query_starts, dtype=torch.int64)
+        if starts is not None and len(starts) != len(ids_QCN) + 1:
+            raise ValueError(f"{len(ids_QCN)} lists of blocks for {len(starts) - 1} query groups")
         ids = ids_QCN.int().sort(dim=-1).values
         ids = ids.masked_fill(ids < 0, -1)
         twice = torch.zeros_like(ids, dtype=torch.bool)
         twice[..., 1:] = ids[..., 1:] == ids[..., :-1]
-        starts = None if query_starts is None else torch.as_tensor(query_starts, dtype=torch.int64)
         return cls(ids.masked_fill(twice, -1), grid, starts)
 
     def keys(self, index_S: Tensor) -> Blocks:

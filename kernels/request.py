@@ -86,6 +86,10 @@ def _check_choices(
 ) -> None:
     if len(q) != len(reach):
         raise ValueError(f"{len(q)} query rows, but a reach of {len(reach)}")
+    if reach.stop > len(k):
+        raise ValueError(f"{len(k)} keys, but a reach up to key {reach.stop}")
+    if scoring.softcap is not None and not scoring.softcap > 0:
+        raise ValueError(f"the soft cap must be above 0, not {scoring.softcap}")
     bias = scoring.key_bias_SH
     if bias is not None and bias.shape != (len(k), q.shape[1]):
         raise ValueError(f"the keys' biases must be [S, H] = [{len(k)}, {q.shape[1]}], "
