@@ -52,6 +52,8 @@ class Backend:
 
 
 TABLE = (
+    Backend("cudnn", "cuDNN through PyTorch", ".library.cudnn", None, frozenset()),
+    Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset()),
     Backend("eager", "PyTorch's own operators", ".eager.backend", None, frozenset({"cpu", "cuda"})),
 )
 """In order of preference."""

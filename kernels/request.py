@@ -29,6 +29,7 @@ class Request:
         reach: The keys that each query sees.
         blocks: The blocks that each query chose, if the call has any.
         scoring: How products become scores.
+        dlse: Whether a backward is asked for with a gradient of the lse.
     """
 
     device: torch.device
@@ -40,6 +41,7 @@ class Request:
     reach: Reach
     blocks: Blocks | None
     scoring: Scoring
+    dlse: bool = False
 
     @classmethod
     def of(
@@ -50,6 +52,7 @@ class Request:
         reach: Reach,
         blocks: Blocks | None,
         scoring: Scoring,
+        dlse: bool = False,
     ) -> Request:
         """The request of a call, checked.
 
@@ -59,7 +62,8 @@ class Request:
         _check_tensors(q_THD, k_SGD, v_SGV)
         _check_choices(q_THD, k_SGD, reach, blocks, scoring)
         heads, groups, dims = q_THD.shape[1], k_SGD.shape[1], (q_THD.shape[2], v_SGV.shape[2])
-        return cls(q_THD.device, q_THD.dtype, heads, groups, *dims, reach, blocks, scoring)
+        kind = q_THD.device, q_THD.dtype, heads, groups, *dims
+        return cls(*kind, reach, blocks, scoring, dlse)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
