@@ -1,6 +1,6 @@
-"""What can be known without a GPU: which reaches the library kernels serve, and how they are called.
+"""What can be known without a GPU: which reaches library kernels serve, how they are called.
 
-With one, tests/kernels/test_gpu.py compares their numbers.
+With one, test_gpu.py compares their numbers.
 """
 
 from itertools import pairwise
