@@ -206,7 +206,7 @@ def test_a_known_lse_changes_nothing(rule, chunks):
 
 @pytest.mark.parametrize("rule", [NSA, INFLLM], ids=str)
 def test_the_lse_of_coarser_keys(rule, chunks):
-    case = Case([150, 20, 70])
+    case = Case([150, 20, 70], block=2)
     coarse = Windows.documents(case.cu, 32, 16)
     keys = pool(case.keys, coarse, "mean") * 3.0
     rows = list(zip(case.reach.first_T.tolist(), case.reach.last_T.tolist(), strict=True))
