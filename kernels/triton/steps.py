@@ -37,6 +37,16 @@ def product(a, b):
 
 
 @triton.jit
+def narrow(x, TYPE: tl.constexpr):
+    """`x` in another dtype, rounded to the nearest; the interpreter cuts bf16 off."""
+    if WIDEN and TYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(TYPE)
+
+
+@triton.jit
 def tanh(x):
     """Within 2 ulp everywhere; libdevice, which has one too, is not there in the interpreter."""
     size = tl.abs(x)
@@ -83,7 +93,7 @@ def absorb(acc_MV, sum_M, peak_M, logits_MN, unit, v_NV, SAFE: tl.constexpr):
     weights_MN = tl.exp2(logits_MN * unit - level_M[:, None])
     fade_M = tl.exp2(peak_M - level_M)
     sum_M = sum_M * fade_M + tl.sum(weights_MN, 1)
-    acc_MV = dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV * fade_M[:, None])
+    acc_MV = dot(narrow(weights_MN, v_NV.dtype), v_NV, acc_MV * fade_M[:, None])
     return acc_MV, sum_M, new_M
 
 
@@ -132,7 +142,7 @@ def store_tile(base, start, stride, stop, x, ROWS: tl.constexpr, DIM: tl.constex
     dim = tl.arange(0, BLOCK_DIM)
     at = base + start.to(tl.int64) * stride + row[:, None] * stride + dim[None, :]
     inside = (row < stop - start)[:, None] & (dim < DIM)[None, :]
-    tl.store(at, x.to(base.dtype.element_ty), mask=inside)
+    tl.store(at, narrow(x, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
