@@ -5,7 +5,7 @@ Logits are scores times log2(e), so that exp2 of them are weights.
 Shapes: M query rows and N keys of a tile, V value dim.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
 # ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def product(a, b):
 
 
 @triton.jit
-def narrow(x, TYPE: tl.constexpr):
+def narrow(x, dtype: tl.constexpr):
     """`x` in another dtype, rounded to the nearest; the interpreter cuts bf16 off."""
-    if WIDEN and TYPE == tl.bfloat16:
+    if WIDEN and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(TYPE)
+    return x.to(dtype)
 
 
 @triton.jit
