@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from .request import Request
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Backend:
 TABLE = (
     Backend("cudnn", "cuDNN through PyTorch", ".library.cudnn", None, frozenset()),
     Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset()),
+    Backend("triton", "own Triton kernels", ".triton.backend", "triton", frozenset()),
     Backend("eager", "PyTorch's own operators", ".eager.backend", None, frozenset({"cpu", "cuda"})),
 )
 """In order of preference."""
@@ -91,6 +94,17 @@ def choose(request: Request) -> Any:
             return backend.load()
         passed.append(f"{backend.name}: {reason}")
     raise AssertionError("the eager backend serves everything")
+
+
+def pooled_scorer(device: torch.device) -> Any:
+    """The class that scores pooled keys for a selection: of the backend asked for, or eager's.
+
+    Triton's is asked for by name until its tests have passed on real hardware.
+    """
+    name = _asked.get() or os.environ.get(OVERRIDE)
+    package = ".triton" if name == "triton" else ".eager"
+    _log_once(package[1:], device.type, "scores of a selection")
+    return import_module(package + ".pooled_scores", __package__).Scorer
 
 
 def standing(device: str) -> Iterator[tuple[str, str, str]]:

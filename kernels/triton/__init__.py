@@ -1,0 +1,1 @@
+"""Attention with our own Triton kernels, on a GPU, or on a CPU in Triton's interpreter."""

@@ -1,0 +1,70 @@
+"""Tuning: which launch options a kernel runs with."""
+
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter; settled when Triton is imported, as there."""
+
+Options = Callable[[dict[str, Any]], Sequence[triton.Config]]
+"""The configurations to try, by the keyword arguments of a launch; the best guess comes first."""
+
+
+class Tuned:
+    """A kernel that finds its fastest configuration, once per device and key.
+
+    What was found is kept on disk, beside Triton's compiled kernels. In the interpreter, and
+    while `torch.are_deterministic_algorithms_enabled()` (asked at every launch), the first
+    configuration is used: another one may sum in another order.
+
+    The kernel must write the same whenever it runs twice.
+    """
+
+    def __init__(self, kernel: Any, options: Options, key: Sequence[str]) -> None:
+        self.kernel = kernel
+        self._options = options
+        self._key = list(key)
+        self._tuners: dict[tuple[triton.Config, ...], Any] = {}
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """A launch over `grid`; the kernel's constants go in as keywords."""
+
+        def launch(*args: Any, **constants: Any) -> None:
+            configs = tuple(self._options(constants))
+            if INTERPRETED or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
+                self.kernel[grid](*args, **constants, **configs[0].all_kwargs())
+            else:
+                self._tuner(configs)[grid](*args, **constants)
+
+        return launch
+
+    def _tuner(self, configs: tuple[triton.Config, ...]) -> Any:
+        tuner = self._tuners.get(configs)
+        if tuner is None:
+            tuner = triton.autotune(list(configs), self._key, cache_results=True)(self.kernel)
+            self._tuners[configs] = tuner
+        return tuner
+
+
+def autotuned(options: Options, key: Sequence[str]) -> Callable[[Any], Tuned]:
+    """Makes a `triton.jit` kernel a `Tuned` one.
+
+    Args:
+        options: Its configurations, by the constants of a launch.
+        key: Arguments of the kernel whose change asks for another search. The tensors' dtypes
+            count always.
+    """
+    return lambda kernel: Tuned(kernel, options, key)
+
+
+def size_class(length: int) -> int:
+    """A length to tune for: lengths within a factor of four share one."""
+    return (max(length, 1).bit_length() + 1) // 2
