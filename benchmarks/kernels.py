@@ -109,7 +109,7 @@ class Bench:
         print(line(row), flush=True)
         return row
 
-    def ours(self, name: str, reach: Reach, blocks: Blocks | None, pairs: int) -> Row:
+    def ours(self, title: str, name: str, reach: Reach, blocks: Blocks | None, pairs: int) -> Row:
         """`attend` and its backward; by the table's choice or by a backend's name."""
         inputs = self.q, self.k, self.v
         asked = nullcontext() if name == "longspan" else use(name.removeprefix("longspan "))
@@ -119,7 +119,10 @@ class Bench:
 
         with asked:
             return self.row(
-                name, pairs, lambda: attend(*inputs, reach, blocks, scale=self.scale), backward
+                f"{title}{name}",
+                pairs,
+                lambda: attend(*inputs, reach, blocks, scale=self.scale),
+                backward,
             )
 
     def _time(self, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -213,9 +216,7 @@ def dense(bench: Bench) -> Iterator[Row]:
         reaches["window "] = Reach.documents([0, n], 4096)
     for kind, reach in reaches.items():
         for name in backends(bench, reach, None):
-            row = bench.ours(name, reach, None, reach.area())
-            row.name = kind + row.name
-            yield row
+            yield bench.ours(kind, name, reach, None, reach.area())
 
 
 def random_blocks(bench: Bench) -> tuple[Reach, Blocks, int]:
@@ -238,9 +239,7 @@ def sparse(bench: Bench) -> Iterator[Row]:
     reach, blocks, pairs = random_blocks(bench)
     for name in backends(bench, reach, blocks):
         blocks.__dict__.pop("inverse", None)  # each pays for its own
-        row = bench.ours(name, reach, blocks, pairs)
-        row.name = f"selected {row.name}"
-        yield row
+        yield bench.ours("selected ", name, reach, blocks, pairs)
     windows = Windows.documents([0, bench.length], 32, 16)
     rule = SelectionRule(CHOSEN, initial=1, local=2)
 
