@@ -78,7 +78,8 @@ def choose(request: Request) -> Any:
     """The module that serves a request; the choice and its reason are logged once.
 
     Raises:
-        ValueError: The backend asked for by name does not exist or cannot serve the request.
+        ValueError: The backend asked for by name does not exist or cannot serve the request, or
+            none can.
     """
     name = _asked.get() or os.environ.get(OVERRIDE)
     if name is not None:
@@ -93,7 +94,11 @@ def choose(request: Request) -> Any:
             _log_once(backend.name, request.device.type, "; ".join(passed))
             return backend.load()
         passed.append(f"{backend.name}: {reason}")
-    raise AssertionError("the eager backend serves everything")
+    devices = sorted(set[str]().union(*(backend.proven for backend in TABLE)))
+    raise ValueError(
+        f"no attention backend serves {request.dtype} on {request.device}; nearest are the "
+        f"devices {' and '.join(devices)} ({'; '.join(passed)})"
+    )
 
 
 def pooled_scorer(device: torch.device) -> Any:

@@ -5,6 +5,7 @@ Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V val
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from .blocks import Blocks
 from .reach import Reach
 from .scoring import Scoring
+
+DEBUG = "LONGSPAN_DEBUG"
+"""Environment variable that has every call look at its numbers, which waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,13 @@ class Request:
         """The request of a call, checked.
 
         Raises:
-            ValueError: Shapes, dtypes, devices or counts that contradict each other.
+            ValueError: Shapes, dtypes, devices or counts that contradict each other; with
+                LONGSPAN_DEBUG set also NaN inputs and blocks that are not in the grid.
         """
         _check_tensors(q_THD, k_SGD, v_SGV)
         _check_choices(q_THD, k_SGD, reach, blocks, scoring)
+        if os.environ.get(DEBUG):
+            _check_numbers({"q": q_THD, "k": k_SGD, "v": v_SGV}, blocks)
         heads, groups, dims = q_THD.shape[1], k_SGD.shape[1], (q_THD.shape[2], v_SGV.shape[2])
         kind = q_THD.device, q_THD.dtype, heads, groups, *dims
         return cls(*kind, reach, blocks, scoring, dlse)
@@ -110,3 +117,15 @@ def _check_choices(
         raise ValueError(f"queries are on {q.device}, their blocks on {blocks.ids_QCN.device}")
     if int(blocks.grid.starts_B1[-1]) > len(k):
         raise ValueError(f"{len(k)} keys, but a grid of {int(blocks.grid.starts_B1[-1])}")
+
+
+def _check_numbers(tensors: dict[str, Tensor], blocks: Blocks | None) -> None:
+    for name, x in tensors.items():
+        bad = x.isnan().nonzero()
+        if len(bad):
+            raise ValueError(f"{name} {list(x.shape)} has {len(bad)} NaN, the first at "
+                             f"{bad[0].tolist()}")  # fmt: skip
+    if blocks is not None and blocks.ids_QCN.numel():
+        highest = int(blocks.ids_QCN.max())
+        if highest >= len(blocks.grid):
+            raise ValueError(f"block {highest} is not in a grid of {len(blocks.grid)} blocks")
