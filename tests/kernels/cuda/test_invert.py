@@ -1,0 +1,77 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longspan.kernels.blocks import Blocks, Inverse
+from longspan.kernels.cuda import invert as module
+from longspan.kernels.cuda.invert import invert
+from longspan.kernels.grid import Grid
+
+
+def by_definition(ids_QCN: torch.Tensor, blocks: int) -> tuple[list[int], list[int], list[int]]:
+    heads, width = ids_QCN.shape[1:]
+    order: list[int] = []
+    starts = [0]
+    flat = list(enumerate(ids_QCN.flatten().tolist()))
+    for head in range(heads):
+        for block in range(blocks):
+            order += [p for p, id in flat if id == block and p // width % heads == head]
+            starts.append(len(order))
+    for head in range(heads):
+        order += [p for p, id in flat if not 0 <= id < blocks and p // width % heads == head]
+    return order, [p // (heads * width) for p in order], starts
+
+
+@st.composite
+def cases(draw):
+    """Choices [Q, C, N], duplicates too, and how many blocks there are."""
+    queries, heads = draw(st.integers(0, 30)), draw(st.integers(1, 3))
+    width, blocks = draw(st.sampled_from([1, 3, 16, 40])), draw(st.sampled_from([0, 1, 7, 8, 30]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    ids = torch.randint(-1, blocks + 1, (queries, heads, width), generator=random)
+    return ids.int(), blocks
+
+
+@pytest.mark.parametrize("per_block", [1, 4])
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.sampled_from([8, 31]), st.integers(1, 300), st.booleans())
+def test_equals_the_definition(shim, per_block, case, size, counts, backwards):
+    ids, blocks = case
+    shim.defines, shim.backwards = {}, backwards
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SLICES", (size,))
+        patch.setattr(module, "_COUNTS", counts)
+        patch.setattr(module, "_CHOICES_PER_BLOCK", per_block)
+        order, groups, starts = invert(ids, blocks)
+    assert order.dtype == groups.dtype == torch.int32
+    assert starts.dtype == torch.int64
+    got = order.tolist(), groups.tolist(), starts.tolist()
+    assert got == by_definition(ids, blocks)
+
+
+@pytest.mark.parametrize("queries", [0, 1, 700])
+def test_equals_the_torch_form(shim, queries):
+    shim.defines, shim.backwards = {}, False
+    random = torch.Generator().manual_seed(queries)
+    ids = torch.randint(-2, 21, (queries, 2, 5), generator=random)
+    blocks = Blocks.choose(ids, Grid.documents([0, 330], 16))
+    assert len(blocks.grid) == 21
+    inverse = Inverse.of(blocks)
+    _, groups, starts = invert(blocks.ids_QCN, len(blocks.grid))
+    assert torch.equal(groups, inverse.groups_P)
+    assert torch.equal(starts, inverse.starts_CB1)
+
+
+def test_the_work_buffer_is_bounded():
+    for queries, heads, width, blocks in [(2**20, 8, 16, 2**14), (2**17, 64, 1, 1), (5, 1, 1, 9)]:
+        chunks = -(-queries // module._chunk(queries, heads, width, blocks))
+        columns = heads * (blocks + 1)
+        assert chunks * columns <= max(module._COUNTS, columns)
+        # No more counters than choices, or there would be nothing gained by counting.
+        assert (chunks - 1) * columns <= queries * heads * width
+
+
+def test_positions_must_fit_int32():
+    ids = torch.empty(2**16, 2**15, 1, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="choices"):
+        invert(ids, 4)
