@@ -43,8 +43,10 @@ class Shim:
     def _library(self, source, defines) -> ctypes.CDLL:
         target = self.folder / f"{source}{len(list(self.folder.iterdir()))}.so"
         macros = [f"-D{name}={value}" for name, value in defines]
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", *macros, "-include", str(HEADER)]
-        command = ["g++", *flags, "-x", "c++", str(SOURCES / source), "-o", str(target)]
+        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", *macros]
+        # A load that is not aligned, or one outside an array, ends the process.
+        flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+        command = ["g++", *flags, "-include", HEADER, "-x", "c++", SOURCES / source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(target))

@@ -1,7 +1,7 @@
 // Runs a CUDA source on the CPU: each thread of a thread block is a fiber, thread blocks take
 // turns. All lanes of a warp must reach every shuffle, all threads every barrier; shared memory
-// starts as garbage. Fibers run in ascending or descending order from barrier to barrier, so a
-// missing barrier shows in one of the two.
+// starts as garbage. Each warp runs as far as it can before the next one does, in ascending or
+// descending order: a missing barrier shows in one of the two.
 #pragma once
 #include <ucontext.h>
 
@@ -44,7 +44,7 @@ static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static Barrier everyone;
 static ucontext_t scheduler;
-static bool moved;  // whether any fiber got past a barrier or ended in this round
+static bool moved;  // whether a fiber got past a barrier or ended since this was false
 static void (*body)();
 static const long long* arguments;
 
@@ -151,11 +151,14 @@ extern "C" int shim_run(void (*kernel)(), const unsigned* grid, unsigned threads
             fiber.context.uc_link = &scheduler;
             makecontext(&fiber.context, enter, 0);
         }
-        for (moved = true; moved;) {
-            moved = false;
-            for (unsigned i = 0; i < threads; ++i) {
-                threadIdx = {backwards ? threads - 1 - i : i, 0, 0};
-                if (!self().done) swapcontext(&scheduler, &self().context);
+        for (bool any = true; any;) {
+            any = false;
+            for (unsigned first = 0; first < threads; any |= moved, first += moved ? 0 : 32) {
+                moved = false;
+                for (unsigned i = first; i < min(first + 32, threads); ++i) {
+                    threadIdx = {backwards ? threads - 1 - i : i, 0, 0};
+                    if (!self().done) swapcontext(&scheduler, &self().context);
+                }
             }
         }
         for (Fiber& fiber : fibers) if (!fiber.done) return 1;

@@ -28,7 +28,7 @@ def cases(draw):
     queries, heads = draw(st.integers(0, 30)), draw(st.integers(1, 3))
     width, blocks = draw(st.sampled_from([1, 3, 16, 40])), draw(st.sampled_from([0, 1, 7, 8, 30]))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    ids = torch.randint(-1, blocks + 1, (queries, heads, width), generator=random)
+    ids = torch.randint(-2, blocks + 3, (queries, heads, width), generator=random)
     return ids.int(), blocks
 
 

@@ -28,17 +28,18 @@ def some_parts(rows, parts, width, dtype, seed):
     return outs, lse
 
 
+def rms(values):
+    return values.square().mean().sqrt()
+
+
 def check(form, outs, lse):
     out, total = form(outs, lse)
     exact_out, exact_total = by_definition(outs, lse)
     assert out.dtype == outs.dtype and total.dtype == torch.float32
-    # The best that fp32 and the dtype of the output can do, and 2 eps more.
-    best = exact_out.to(outs.dtype).double()
-    eps = torch.finfo(outs.dtype).eps
-    rms = (exact_out**2).mean().sqrt()
-    assert ((out.double() - exact_out) ** 2).mean().sqrt() <= 1.5 * (
-        (best - exact_out) ** 2
-    ).mean().sqrt() + 2 * eps * rms
+    # No worse than the exact output rounded once, but for the rounding of fp32 sums.
+    rounded = exact_out.to(outs.dtype).double()
+    allowed = 1.1 * rms(rounded - exact_out) + 1e-6 * rms(exact_out)
+    assert rms(out.double() - exact_out) <= allowed
     torch.testing.assert_close(total.double(), exact_total, rtol=1e-6, atol=1e-6)
 
 
@@ -84,6 +85,9 @@ def test_special_values_keep_their_bits(shim, dtype):
     outs = torch.tensor(values, dtype=dtype).reshape(1, 1, 8)
     out, _ = cuda_merge_parts(outs, torch.zeros(1, 1))
     torch.testing.assert_close(out, outs[0], rtol=0, atol=0, equal_nan=True)
+    # The NaN of a GPU has all bits set, and would become -0.0 where rounding carries.
+    nan = torch.full((1, 1), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    assert cuda_merge_parts(outs, nan)[0].isnan().all()
 
 
 def test_pairs_merge_as_before(shim):

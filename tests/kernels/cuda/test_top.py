@@ -35,6 +35,7 @@ def cases(draw):
 @given(cases(), st.booleans())
 @example((torch.tensor([FEW * 9]), 7), False)
 @example((torch.zeros(1, 0), 3), False)
+@example((torch.tensor([[-INF, -INF, -3e38, -INF] * 20]), 7), False)
 def test_equals_the_torch_form(shim, fits, case, backwards):
     scores, count = case
     shim.defines, shim.backwards = {"LIST": fits}, backwards
