@@ -28,8 +28,9 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return torch.lerp(out_a, out_b, weight_b.unsqueeze(-1)), lse
 
 
+@torch.no_grad()
 def merge_parts(parts_RNV: Tensor, lse_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """Any number of partial results over disjoint keys as one.
+    """Any number of partial results over disjoint keys as one; carries no gradient.
 
     Args:
         parts_RNV: Outputs over some keys each, [R, N, V]; not looked at where their lse is -inf.

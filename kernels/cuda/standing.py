@@ -14,7 +14,12 @@ from .program import installed
 OVERRIDE = "LONGSPAN_CUDA"
 """Environment variable that names the kernels to use although unproven, separated by commas."""
 
-NAMES = ("top", "invert", "merge")
+NAMES = {
+    "top": "top-k by a radix select",
+    "invert": "who chose each block, by counting",
+    "merge": "many partial results as one",
+}
+"""The kernels and what they are."""
 
 PROVEN: frozenset[str] = frozenset()
 """Kernels whose tests have passed on a GPU. Others serve only those who ask for them by name."""
@@ -45,6 +50,17 @@ def serves(name: str, tensor: Tensor) -> bool:
         names = os.environ.get(OVERRIDE, "").split(",")
         asked = _known(tuple(name.strip() for name in names if name.strip()))
     return name in asked or (name in PROVEN and installed())
+
+
+def standing() -> Iterator[tuple[str, str, str]]:
+    """Name of each kernel, what it is, and how it stands on a GPU."""
+    for name, about in NAMES.items():
+        remark = "default on cuda"
+        if not installed():
+            remark = "cuda-core is not installed"
+        elif name not in PROVEN:
+            remark = f"not proven on cuda: only with {OVERRIDE}={name}"
+        yield name, about, remark
 
 
 def _known(names: tuple[str, ...]) -> frozenset[str]:

@@ -2,20 +2,16 @@
 // turns. All lanes of a warp must reach every shuffle, all threads every barrier; shared memory
 // starts as garbage. Each warp runs as far as it can before the next one does, in ascending or
 // descending order: a missing barrier shows in one of the two.
-#pragma once
 #include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
 
-using std::max;
-using std::min;
+using std::max, std::min;
 
 #define __global__
 #define __device__
@@ -29,7 +25,6 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static uint3 threadIdx, blockIdx, blockDim;
 
 namespace shim {
-
 constexpr size_t STACK = 64 * 1024;
 struct Barrier { unsigned arrived = 0, round = 0; };
 struct Warp { Barrier barrier; unsigned long long slots[2][32]; };
@@ -72,12 +67,9 @@ static const unsigned long long* exchange(unsigned long long mine) {
 
 template <class Value>
 Value from_lane(Value value, int lane) {
-    unsigned long long bits = 0;
-    std::memcpy(&bits, &value, sizeof value);
     int own = threadIdx.x % 32;
-    bits = exchange(bits)[lane < 0 || lane > 31 ? own : lane];
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+    unsigned bits = exchange(std::bit_cast<unsigned>(value))[lane < 0 || lane > 31 ? own : lane];
+    return std::bit_cast<Value>(bits);
 }
 
 // All parameters of our kernels are pointers or long long, so one more or less does no harm.
@@ -94,15 +86,14 @@ static void enter() {
 static void __syncthreads() { shim::wait(shim::everyone, blockDim.x); }
 static void __syncwarp() { shim::exchange(0); }
 
-template <class Value>
-Value __shfl_sync(unsigned, Value value, int lane) { return shim::from_lane(value, lane); }
-template <class Value>
-Value __shfl_up_sync(unsigned, Value value, int step) {
+static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
+    return shim::from_lane(value, lane);
+}
+static unsigned __shfl_up_sync(unsigned, unsigned value, int step) {
     return shim::from_lane(value, static_cast<int>(threadIdx.x % 32) - step);
 }
-template <class Value>
-Value __shfl_xor_sync(unsigned, Value value, int mask) {
-    return shim::from_lane(value, static_cast<int>(threadIdx.x % 32) ^ mask);
+static float __shfl_xor_sync(unsigned, float value, int mask) {
+    return shim::from_lane(value, (threadIdx.x % 32) ^ mask);
 }
 static unsigned __match_any_sync(unsigned, int value) {
     const unsigned long long* slots = shim::exchange(static_cast<unsigned>(value));
@@ -111,23 +102,16 @@ static unsigned __match_any_sync(unsigned, int value) {
         same |= unsigned(slots[lane] == static_cast<unsigned>(value)) << lane;
     return same;
 }
-static unsigned __ballot_sync(unsigned, bool value) {
-    const unsigned long long* slots = shim::exchange(value);
-    unsigned votes = 0;
-    for (int lane = 0; lane < 32; ++lane) votes |= unsigned(slots[lane]) << lane;
-    return votes;
+static unsigned __ballot_sync(unsigned mask, bool value) {
+    return value ? __match_any_sync(mask, 1) : ~__match_any_sync(mask, 0);
 }
 template <class Value>
 Value atomicAdd(Value* at, Value more) { return std::exchange(*at, *at + more); }
 static int __popc(unsigned bits) { return std::popcount(bits); }
 static float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 static unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
-static float float_of_half(unsigned bits) {
-    return std::bit_cast<_Float16>(static_cast<unsigned short>(bits));
-}
-static unsigned half_of_float(float value) {
-    return std::bit_cast<unsigned short>(static_cast<_Float16>(value));
-}
+static float float_of_half(unsigned short bits) { return std::bit_cast<_Float16>(bits); }
+static unsigned half_of_float(float value) { return std::bit_cast<unsigned short>(_Float16(value)); }
 
 extern "C" char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
@@ -136,8 +120,7 @@ extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")))
 extern "C" int shim_run(void (*kernel)(), const unsigned* grid, unsigned threads,
                         const long long* arguments, int backwards) {
     using namespace shim;
-    body = kernel, shim::arguments = arguments;
-    blockDim = {threads, 1, 1};
+    body = kernel, shim::arguments = arguments, blockDim = {threads, 1, 1};
     for (unsigned block = 0; block < grid[0] * grid[1] * grid[2]; ++block) {
         blockIdx = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
         std::fill(__start_cuda_shared, __stop_cuda_shared, char(0xa5));
@@ -161,7 +144,7 @@ extern "C" int shim_run(void (*kernel)(), const unsigned* grid, unsigned threads
                 }
             }
         }
-        for (Fiber& fiber : fibers) if (!fiber.done) return 1;
+        if (!std::ranges::all_of(fibers, &Fiber::done)) return 1;
     }
     return 0;
 }

@@ -31,6 +31,16 @@ def test_proven_kernels_serve_where_they_can_be_compiled(monkeypatch):
     assert not serves("top", ON_GPU)
 
 
+def test_what_doctor_says(monkeypatch):
+    monkeypatch.setattr(standing, "PROVEN", frozenset({"top"}))
+    monkeypatch.setattr(standing, "installed", lambda: True)
+    remarks = {name: remark for name, _, remark in standing.standing()}
+    assert remarks["top"] == "default on cuda"
+    assert remarks["merge"] == "not proven on cuda: only with LONGSPAN_CUDA=merge"
+    monkeypatch.setattr(standing, "installed", lambda: False)
+    assert {remark for *_, remark in standing.standing()} == {"cuda-core is not installed"}
+
+
 def test_asked_for(monkeypatch):
     with use("invert", "merge"):
         assert serves("invert", ON_GPU) and not serves("top", ON_GPU)
