@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .cuda.invert import invert
+from .cuda.invert import fits, invert
 from .cuda.standing import serves
 from .grid import Grid
 from .mirror import Mirror
@@ -111,7 +111,7 @@ class Inverse:
     def of(cls, blocks: Blocks) -> Inverse:
         """Sorts the choices of `blocks`; stable, so that the order is the same every time."""
         ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
-        if serves("invert", ids_QCN):
+        if serves("invert", ids_QCN) and fits(ids_QCN, count):
             _, groups_P, starts_CB1 = invert(ids_QCN, count)
             return cls(groups_P, starts_CB1)
         _, heads, width = ids_QCN.shape

@@ -9,9 +9,9 @@
 // int32 keys and int64 values):
 //     torch.sort     4 * (12 read + 12 written) + 4 for the histograms = 100, and about 40 more
 //                    to make the keys before and the query groups after
-//     here           4 read twice (by each slice of blocks, the first one from memory, the others
-//                    from the L2 cache), 8 written, and 4 passes over the counts, which are at
-//                    most one int32 for 4 choices: 8 + 8 + 4 = 20
+//     here           4 read twice, 8 written, and 4 passes over the counts, which are at most one
+//                    int32 for 4 choices: 8 + 8 + 4 = 20, and 8 from the L2 cache for each slice
+//                    of blocks but the first. With more than 8 slices the caller takes torch.sort
 // The writes are scattered; chunks have 4 or more choices per block, so that most 32-byte sectors
 // fill up in the L2 cache while their chunk is placed. With no such merging at all they would cost
 // 64 bytes in place of 8, which is still less.

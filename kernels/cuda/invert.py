@@ -20,27 +20,32 @@ _COUNTS = 2**24
 _CHOICES_PER_BLOCK = 4
 """In a chunk: enough for most 32-byte sectors to fill up before they leave the L2 cache."""
 
+_MOST_SLICES = 8
+"""Each slice of blocks reads all choices; from about here on a radix sort moves fewer bytes."""
+
+
+def fits(ids_QCN: Tensor, blocks: int) -> bool:
+    """Whether counting is the better way to sort them, and int32 holds their positions."""
+    return ids_QCN.numel() < 2**31 and blocks < _MOST_SLICES * _SLICES[-1]
+
 
 def invert(ids_QCN: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts choices by block head, then block, then position; the same order as a stable sort.
 
-    Needs at most 64 MiB beside the results, or 4 bytes per block and block head if that is more.
+    Needs at most 64 MiB beside the results, or 4 bytes per block and block head if that is more,
+    and 16 bytes per block and block head.
 
     Args:
-        ids_QCN: Chosen blocks, int32; numbers outside the grid for none.
+        ids_QCN: Chosen blocks, int32, less than 2^31; numbers outside the grid for none. Lists may
+            have duplicates: several block heads are sorted as one by a view as one longer list.
         blocks: Blocks of the grid.
 
     Returns:
         Each choice's position in the flattened `ids_QCN`, int32 [P]; its query group, int32 [P];
         where each block's choices begin, int64 [C * B + 1]. Choices of nothing come after all
         others, by block head.
-
-    Raises:
-        ValueError: There are 2^31 choices or more.
     """
     queries, heads, width = ids_QCN.shape
-    if ids_QCN.numel() >= 2**31:
-        raise ValueError(f"{ids_QCN.numel()} choices do not fit int32 positions; at most 2^31 - 1")
     ids_QCN, device = ids_QCN.int().contiguous(), ids_QCN.device
     columns = heads * (blocks + 1)
     order = torch.empty(ids_QCN.numel(), dtype=torch.int32, device=device)

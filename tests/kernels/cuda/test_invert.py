@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from longspan.kernels.blocks import Blocks, Inverse
 from longspan.kernels.cuda import invert as module
-from longspan.kernels.cuda.invert import invert
+from longspan.kernels.cuda.invert import fits, invert
 from longspan.kernels.grid import Grid
 
 
@@ -71,7 +71,20 @@ def test_the_work_buffer_is_bounded():
         assert (chunks - 1) * columns <= queries * heads * width
 
 
-def test_positions_must_fit_int32():
-    ids = torch.empty(2**16, 2**15, 1, dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match="choices"):
-        invert(ids, 4)
+def test_what_does_not_fit():
+    ids = torch.empty(2**16, 2**14, 1, dtype=torch.int32, device="meta")
+    assert fits(ids, 2**14) and not fits(ids, 2**17)
+    assert not fits(ids.expand(-1, -1, 2), 4)
+
+
+def test_heads_as_one_by_a_view(shim):
+    """The order within a block is that of positions, whichever head chose it."""
+    shim.defines, shim.backwards = {}, False
+    ids = torch.randint(-1, 6, (40, 4, 3), generator=torch.Generator().manual_seed(2)).int()
+    order, _, starts = invert(ids.reshape(40, 2, 6), 6)
+    flat = ids.flatten()
+    for head in range(2):
+        for block in range(6):
+            found = order[starts[head * 6 + block] : starts[head * 6 + block + 1]].long()
+            own = (torch.arange(len(flat)) // 6 % 2 == head) & (flat == block)
+            assert torch.equal(found, own.nonzero().squeeze(1))
