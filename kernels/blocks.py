@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .cuda.invert import fits, invert
+from .cuda.standing import serves
 from .grid import Grid
 from .mirror import Mirror
 
@@ -101,7 +103,7 @@ class Inverse:
         groups_P: Query groups, sorted by block head, then block, then group; int32.
         starts_CB1: Where each block's groups begin, int64 [C * B + 1]: those that chose block b
             with block head c are at starts[c * B + b] to starts[c * B + b + 1]. Choices of nothing
-            come after all others.
+            come after all others, by block head.
     """
 
     groups_P: Tensor
@@ -111,10 +113,13 @@ class Inverse:
     def of(cls, blocks: Blocks) -> Inverse:
         """Sorts the choices of `blocks`; stable, so that the order is the same every time."""
         ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
+        if serves("invert", ids_QCN) and fits(ids_QCN, count):
+            _, groups_P, starts_CB1 = invert(ids_QCN, count)
+            return cls(groups_P, starts_CB1)
         _, heads, width = ids_QCN.shape
         head_C1 = torch.arange(heads, device=ids_QCN.device)[:, None]
         key_QCN = ids_QCN + head_C1 * count
-        key_QCN = key_QCN.masked_fill(ids_QCN < 0, heads * count)
+        key_QCN = torch.where(ids_QCN < 0, heads * count + head_C1, key_QCN)
         sorted_P, order_P = key_QCN.flatten().sort(stable=True)
         edges = torch.arange(heads * count + 1, device=ids_QCN.device)
         starts = torch.searchsorted(sorted_P, edges)
