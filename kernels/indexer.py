@@ -99,7 +99,11 @@ def index_scores(index: Index, slots: Slots, elements: int = MAX_ELEMENTS) -> Te
         products_BjNL = _products(q_BJND[:, some], k_BLD)
         if index.relu:
             products_BjNL.relu_()
-        scores_BNL += products_BjNL.mul_(weight_BJN[:, some, :, None]).sum(1)
+        weight_BjN1 = weight_BJN[:, some, :, None]
+        if products_BjNL.shape[1] == 1:
+            scores_BNL.addcmul_(products_BjNL[:, 0], weight_BjN1[:, 0])
+        else:
+            scores_BNL += products_BjNL.mul_(weight_BjN1).sum(1)
     return scores_BNL.view(index.heads, -1, k_BLD.shape[1])
 
 

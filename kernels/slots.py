@@ -44,8 +44,10 @@ class Slots:
         size = int(sizes.max())
         starts_U1 = grid.mirror.on(device)[units.start : units.stop + 1, None]
         key_UZ = starts_U1[:-1] + torch.arange(size, device=device)
+        # A place without a key is beyond every reach.
+        end_UZ = key_UZ.masked_fill(key_UZ >= starts_U1[1:], torch.iinfo(key_UZ.dtype).max)
         seen_MUZ = key_UZ >= reach.first.on(device)[rows, None, None]
-        seen_MUZ &= key_UZ < torch.minimum(starts_U1[1:], reach.last.on(device)[rows, None, None])
+        seen_MUZ &= end_UZ < reach.last.on(device)[rows, None, None]
         if bool((sizes == size).all()):
             keys = slice(int(bounds[0]), int(bounds[-1]))
         else:

@@ -1,4 +1,5 @@
 import resource
+from itertools import pairwise
 
 import pytest
 import torch
@@ -113,13 +114,13 @@ def test_two_steps_with_a_small_budget(case, count, budget, pool):
     two = select_tokens_in_blocks(index, reach, count, grid, budget, pool=pool)
     scores_CTS, visible_TS = naive_scores(index, reach)
     bounds = grid.starts_B1.tolist()
-    pooled = [index.k_SED[a:b].double() for a, b in zip(bounds, bounds[1:], strict=False)]
+    pooled = [index.k_SED[a:b].double() for a, b in pairwise(bounds)]
     how = (lambda x: x.mean(0)) if pool == "mean" else (lambda x: x.amax(0))
     # In fp32, like the selection: means must round alike to tie alike.
     pooled = torch.stack([how(x.float()) for x in pooled]) if pooled else index.k_SED[:0]
     args = index.q_TCJD, pooled, index.weight_TCJ, index.scale
     coarse_CTB = naive_index_scores(*args, dtype=torch.float32)
-    for block, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for block, (start, stop) in enumerate(pairwise(bounds)):
         seen_T = visible_TS[:, start:stop].any(1)
         partly_T = seen_T & ~visible_TS[:, start:stop].all(1)
         coarse_CTB[:, partly_T, block] = float("inf")
@@ -208,7 +209,7 @@ def test_parts_of_the_candidates_choose_as_all_of_them(row, cuts, count):
     scores = torch.tensor([row, row[::-1]], dtype=torch.float32)
     top = RunningTop(2, count, scores.device)
     edges = sorted({0, len(row), *(min(cut, len(row)) for cut in cuts)})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         top.add(scores[:, start:stop], start)
     assert torch.equal(top.ids(), top_ids(scores, count))
 

@@ -3,6 +3,8 @@
 Shapes: T query rows, S keys, B blocks, C block heads, J index heads, E key heads, D index dim.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def naive_block_scores(scores_CTS: Tensor, visible_TS: Tensor, starts_B1: Tensor
     empty_CT = hidden_CTS.new_full(hidden_CTS.shape[:2], float("-inf"))
     blocks = [
         hidden_CTS[..., start:stop].amax(-1) if start < stop else empty_CT
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        for start, stop in pairwise(bounds)
     ]
     return torch.stack(blocks, dim=-1) if blocks else hidden_CTS[..., :0]
 

@@ -3,6 +3,8 @@
 Shapes: T query rows, S keys, B blocks, H query heads, K key-value heads, C maps.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def naive_map(
     mass_CTS = fold[folds[0]](weights_CRTS, 1).masked_fill(~visible_CTS, 0.0)
     blocks = [
         fold[folds[1]](mass_CTS[..., start:stop], -1) if start < stop else 0 * mass_CTS.sum(-1)
-        for start, stop in zip(starts_B1.tolist(), starts_B1[1:].tolist(), strict=False)
+        for start, stop in pairwise(starts_B1.tolist())
     ]
-    return torch.stack(blocks, dim=-1)
+    return torch.stack(blocks, dim=-1) if blocks else mass_CTS[..., :0]
 
 
 def naive_divergence(
