@@ -16,6 +16,7 @@ from .blocks import Blocks
 from .chunks import Chunk, plan_chunks
 from .grid import Grid
 from .indexer import MAX_ELEMENTS, Index, index_scores
+from .mirror import Mirror
 from .precision import wide, wide_dtype
 from .reach import Reach
 from .running_top import RunningTop
@@ -59,7 +60,8 @@ def select_index_blocks(
     grid: Grid,
     count: int,
     *,
-    own: bool = False,
+    initial: int = 0,
+    local: int = 0,
     elements: int = MAX_ELEMENTS,
 ) -> Blocks:
     """The grid blocks that hold the highest scores in each query's reach (MSA, arXiv 2606.13392).
@@ -71,22 +73,30 @@ def select_index_blocks(
         reach: The keys that each query sees.
         grid: The blocks to choose from.
         count: Blocks to choose; of equal ones the lowest.
-        own: Whether the block of the last key in reach is always chosen, as one of the `count`.
+        initial: So many of the first blocks in reach are always chosen, as part of the `count`.
+        local: So many of the last ones, likewise (MSA: the query's own block, 1).
         elements: Of a temporary.
 
     Raises:
         ValueError: Counts that contradict each other.
     """
     _check(index, reach, grid, count)
+    if min(initial, local) < 0 or initial + local > count:
+        raise ValueError(f"{initial} initial and {local} local blocks among {count} chosen")
     rows, heads, device = len(reach), index.heads, index.k_SED.device
+    first_T, last_T = (Mirror(x).on(device) for x in grid.span(reach))
     ids_QCN = torch.full((rows, heads, count), -1, dtype=torch.int32, device=device)
     for chunk in plan_chunks(reach, max(1, elements // (SCORE * heads)), TILE_KEYS):
         top = RunningTop(heads * (chunk.stop - chunk.start), count, device)
         for units in _unit_tiles(chunk, grid):
             slots = Slots.shared(chunk, units, grid, reach, index.k_SED)
             scores_CMU = _block_scores(index, slots, elements)
-            if own:
-                scores_CMU.masked_fill_(_own(slots, grid, reach, device), float("inf"))
+            if initial or local:
+                unit_U = torch.arange(units.start, units.stop, device=device)
+                forced_MU = unit_U < first_T[chunk.rows, None] + initial
+                forced_MU |= unit_U >= last_T[chunk.rows, None] - local
+                forced_CMU = forced_MU & (scores_CMU > float("-inf"))
+                scores_CMU.masked_fill_(forced_CMU, float("inf"))
             top.add(scores_CMU.flatten(0, 1), units.start)
         ids_QCN[chunk.rows] = top.ids().unflatten(0, (heads, -1)).transpose(0, 1)
     return Blocks(ids_QCN, grid)
@@ -181,15 +191,6 @@ def _block_scores(index: Index, slots: Slots, elements: int) -> Tensor:
     scores_CML.masked_fill_(~slots.seen_CMUZ.flatten(2), float("-inf"))
     size = slots.shape[2]
     return scores_CML if size == 1 else scores_CML.unflatten(2, (-1, size)).amax(-1)
-
-
-def _own(slots: Slots, grid: Grid, reach: Reach, device: torch.device) -> Tensor:
-    """Which block holds the last key in each row's reach, [M, U]."""
-    assert isinstance(slots.units, slice)
-    bounds = grid.mirror.on(device)[slots.units.start : slots.units.stop + 1]
-    first_M1 = reach.first.on(device)[slots.rows, None]
-    last_M1 = reach.last.on(device)[slots.rows, None]
-    return (bounds[:-1] < last_M1) & (last_M1 <= bounds[1:]) & (first_M1 < last_M1)
 
 
 def _unit_tiles(chunk: Chunk, grid: Grid) -> list[slice]:

@@ -83,16 +83,18 @@ def test_tokens_are_those_of_the_definition(case, count, elements):
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases(), st.integers(1, 9), st.booleans(), st.sampled_from([1, 300, 2**22]))
-def test_blocks_are_those_of_the_definition(case, count, own, elements):
+@given(cases(), st.integers(1, 9), st.data(), st.sampled_from([1, 300, 2**22]))
+def test_blocks_are_those_of_the_definition(case, count, data, elements):
     reach, grid, index = case
-    blocks = select_index_blocks(index, reach, grid, count, own=own, elements=elements)
+    initial = data.draw(st.integers(0, min(2, count)))
+    local = data.draw(st.integers(0, min(3, count - initial)))
+    forced = {"initial": initial, "local": local}
+    blocks = select_index_blocks(index, reach, grid, count, **forced, elements=elements)
     scores_CTB = naive_block_scores(*naive_scores(index, reach), grid.starts_B1)
-    if own:
-        for row, (first, last) in enumerate(zip(reach.first_T, reach.last_T, strict=True)):
-            at = torch.bucketize(last - 1, grid.starts_B1, right=True) - 1
-            if first < last:
-                scores_CTB[:, row, at] = float("inf")
+    for row in range(len(reach)):
+        seen = (scores_CTB[0, row] > float("-inf")).nonzero()[:, 0].tolist()
+        for block in seen[:initial] + seen[len(seen) - local :]:
+            scores_CTB[:, row, block] = float("inf")
     assert lists(blocks) == naive_choice(scores_CTB, count)
 
 
@@ -156,7 +158,7 @@ def test_no_choice_changes_with_a_key_out_of_reach():
     def choose(index):
         return [
             select_tokens(index, reach, 5).ids_QCN,
-            select_index_blocks(index, reach, grid, 2, own=True).ids_QCN,
+            select_index_blocks(index, reach, grid, 2, local=1).ids_QCN,
             select_tokens_in_blocks(index, reach, 5, grid, 2).ids_QCN,
             select_tokens_in_blocks(index, reach, 5, grid, 2, pool="max").ids_QCN,
         ]
@@ -233,7 +235,7 @@ def test_selection_over_64k_tokens_in_bounded_memory(monkeypatch):
     near = select_tokens(index, window, 64)
     far = select_tokens(few, all_keys.rows(some), 64)
     two = select_tokens_in_blocks(few, all_keys.rows(some), 64, grid, 8)
-    wide = select_index_blocks(few, all_keys.rows(some), grid, 16, own=True)
+    wide = select_index_blocks(few, all_keys.rows(some), grid, 16, local=1)
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mib < 512, grown_mib
     assert near.ids_QCN.shape == (tokens, 1, 64)
@@ -244,6 +246,18 @@ def test_selection_over_64k_tokens_in_bounded_memory(monkeypatch):
     assert far.ids_QCN[rows].tolist() == want
     assert bool((two.ids_QCN[:, :, -1] >= 0).all())
     assert wide.ids_QCN[-1, 0, -1] == len(grid) - 1
+
+
+def test_nothing_waits_for_the_device():
+    # A meta tensor has no values: whatever asked for one would raise.
+    reach, grid = Reach.documents([0, 9, 9, 40], 20), Grid.documents([0, 9, 9, 40], 4)
+    index = Index(*(torch.empty(s, device="meta") for s in [(40, 2, 3, 5), (40, 1, 5), (40, 2, 3)]))
+    for blocks in (
+        select_tokens(index, reach, 6),
+        select_index_blocks(index, reach, grid, 6, initial=1, local=1),
+        select_tokens_in_blocks(index, reach, 6, grid, 3),
+    ):
+        assert blocks.ids_QCN.device.type == "meta" and blocks.ids_QCN.shape == (40, 2, 6)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +282,8 @@ def test_counts_that_contradict_each_other():
         select_tokens(draw_index(6, 5), Reach.documents([0, 6]), 1)
     with pytest.raises(ValueError, match="a grid of"):
         select_index_blocks(index, reach, Grid.documents([0, 6], 2), 1)
+    with pytest.raises(ValueError, match="1 initial and 2 local"):
+        select_index_blocks(index, reach, Grid.documents([0, 5], 2), 2, initial=1, local=2)
     with pytest.raises(ValueError, match="budget"):
         select_tokens_in_blocks(index, reach, 1, Grid.documents([0, 5], 2), 1)
     with pytest.raises(ValueError, match="weights"):

@@ -23,6 +23,14 @@ from reference.visibility import chosen, visible_in
 F64 = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def poison():
+    """What was never written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def draw(*shape, dtype=F64):
     return torch.randn(*shape, dtype=dtype)
 
@@ -303,6 +311,24 @@ def test_16k_tokens_in_bounded_memory():
     assert grown_mib < 512, grown_mib
     assert float(dense.weight) == float(sparse.weight) == tokens - 4
     assert bool((dense.rows_TC >= -1e-4).all())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_nothing_waits_for_the_device(sparse):
+    # A meta tensor has no values: whatever asked for one would raise.
+    def meta(*shape):
+        return torch.empty(shape, device="meta")
+
+    reach, over = Reach.documents(CU, 20), Grid.documents(CU, 4)
+    gate = Gate(meta(40, 2, 5), meta(len(over), 1, 5), 1.0)
+    if sparse:
+        ids = torch.zeros(20, 2, 6, dtype=torch.int32, device="meta")
+        over = Blocks(ids, over, torch.arange(0, 41, 2))
+    target = AttentionMap(meta(40, 4, 5), meta(40, 2, 5), meta(40, 4), Scoring(1.0), 2)
+    index = Index(meta(40, 2, 3, 5), meta(40, 1, 5), meta(40, 2, 3))
+    for predictor in (index, gate):
+        got, grads = loss(target, predictor, reach, over, meta(40))
+        assert {x.device.type for x in (*got, *grads)} == {"meta"}
 
 
 def test_shapes_that_contradict_each_other():
