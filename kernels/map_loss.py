@@ -22,6 +22,7 @@ from .gate import Gate, GateGradients, add_gate_gradients, gate_logits
 from .grid import Grid
 from .indexer import MAX_ELEMENTS, Index, IndexGradients, add_index_gradients, index_scores
 from .precision import wide
+from .query_groups import QueryGroups
 from .reach import Reach
 from .slots import Slots, unit_range
 
@@ -84,12 +85,14 @@ def gate_loss(
     over: Grid | Blocks,
     weight_T: Tensor,
     *,
+    groups: QueryGroups | None = None,
     elements: int = MAX_ELEMENTS,
 ) -> tuple[MapLoss, GateGradients]:
-    """KL(target || softmax of the gate's logits), and its gradients (SeerAttention-R).
+    """KL(target || softmax of the gate's logits), and its gradients (SeerAttention).
 
     See `index_loss`. SeerAttention-R's target takes the largest weight over the heads and over the
-    keys of a block.
+    keys of a block; SeerAttention's (arXiv 2410.13276) that over the queries and keys of a pair of
+    blocks, for each head.
 
     Args:
         target: The attention's map, as many maps as the gate has heads.
@@ -97,6 +100,8 @@ def gate_loss(
         reach: The keys that each query sees.
         over: The grid, or the blocks that each query chose.
         weight_T: Of the queries: 0 for padding.
+        groups: Queries for which the gate has one query, and the loss one row and one weight, with
+            the largest weight over them as the target. Only over a grid. None for one each.
         elements: Of a temporary.
 
     Returns:
@@ -105,10 +110,12 @@ def gate_loss(
     Raises:
         ValueError: Shapes or counts that contradict each other.
     """
+    if groups is not None and isinstance(over, Blocks):
+        raise ValueError("groups of queries are compared over a grid, not over choices")
     grid = over.grid if isinstance(over, Blocks) else over
     if len(gate.k_BED) != len(grid):
         raise ValueError(f"{len(gate.k_BED)} gate keys for a grid of {len(grid)} blocks")
-    return _loss(target, _Gated(gate), reach, over, weight_T, elements)
+    return _loss(target, _Gated(gate), reach, over, weight_T, elements, groups)
 
 
 class _Predictor(Protocol):
@@ -174,13 +181,17 @@ def _loss(
     over: Grid | Blocks,
     weight_T: Tensor,
     elements: int,
+    groups: QueryGroups | None = None,
 ) -> tuple[MapLoss, Any]:
-    _check(target, predictor, reach, over, weight_T)
+    _check(target, predictor, reach, over, weight_T, groups)
     like = wide(target.q_THD[:0])
-    rows_TC = like.new_zeros(len(reach), target.maps)
-    counts_TC = like.new_zeros(len(reach), target.maps)
-    for slots in _all_slots(target, predictor, reach, over, elements):
+    rows_TC = like.new_zeros(len(weight_T), target.maps)
+    counts_TC = like.new_zeros(len(weight_T), target.maps)
+    for slots, some in _all_slots(target, predictor, reach, over, elements, groups):
         mass_CMU = target.chunk(slots, elements)
+        if groups is not None:
+            mass_CMU = groups.largest_of(mass_CMU, some)
+            slots = groups.together(slots, some)
         scores_CMU, kept = predictor.scores(slots)
         seen_CMU = slots.seen_CMUZ.any(-1)
         weight_M = weight_T[slots.rows].to(rows_TC.dtype)
@@ -215,9 +226,14 @@ def _divergence(
 
 
 def _all_slots(
-    target: AttentionMap, predictor: _Predictor, reach: Reach, over: Grid | Blocks, elements: int
-) -> Iterator[Slots]:
-    """Every row that sees something, in chunks whose temporaries fit."""
+    target: AttentionMap,
+    predictor: _Predictor,
+    reach: Reach,
+    over: Grid | Blocks,
+    elements: int,
+    groups: QueryGroups | None,
+) -> Iterator[tuple[Slots, slice]]:
+    """Every row that sees something, in chunks whose temporaries fit; and the chunk's groups."""
     grid = over.grid if isinstance(over, Blocks) else over
     if reach.empty or not grid.largest:
         return
@@ -226,13 +242,18 @@ def _all_slots(
         places = over.ids_QCN.shape[2] * grid.largest * target.maps
         step = max(1, elements // max(1, places * widest))
         for start in range(0, len(reach), step):
-            yield Slots.chosen(slice(start, min(start + step, len(reach))), over, reach)
+            rows = slice(start, min(start + step, len(reach)))
+            yield Slots.chosen(rows, over, reach), rows
         return
-    for chunk in plan_chunks(reach, max(1, elements // target.maps)):
+    whole, pairs = reach, elements // target.maps
+    if groups is not None:
+        whole, pairs = groups.reach(reach), pairs // max(1, groups.largest)
+    for chunk in plan_chunks(whole, max(1, pairs)):
         first, last = unit_range(chunk, grid)
         bounds = grid.starts_B1
         if first < last and int(bounds[first]) < int(bounds[last]):
-            yield Slots.shared(chunk, slice(first, last), grid, reach, target.q_THD)
+            rows = chunk if groups is None else groups.rows_of(chunk)
+            yield Slots.shared(rows, slice(first, last), grid, reach, target.q_THD), chunk.rows
 
 
 def _check(
@@ -241,13 +262,15 @@ def _check(
     reach: Reach,
     over: Grid | Blocks,
     weight_T: Tensor,
+    groups: QueryGroups | None,
 ) -> None:
     rows, keys, maps = len(reach), len(target.k_SKD), target.maps
-    lengths = {len(target.q_THD), len(predictor.queries), rows, len(weight_T)}
-    if len(lengths) > 1 or weight_T.ndim != 1:
+    asked, most = (rows, rows) if groups is None else (len(groups), groups.rows)
+    lengths = {len(target.q_THD), rows, most}, {len(predictor.queries), asked, len(weight_T)}
+    if any(len(several) > 1 for several in lengths) or weight_T.ndim != 1:
         raise ValueError(
             f"{len(target.q_THD)} queries, {len(predictor.queries)} that predict, a reach of "
-            f"{rows} and weights {list(weight_T.shape)}: all must be one per row"
+            f"{rows} and weights {list(weight_T.shape)}: all must be one per row or group"
         )
     if predictor.queries.shape[1] != maps:
         raise ValueError(f"{predictor.queries.shape[1]} block heads cannot predict {maps} maps")

@@ -13,11 +13,12 @@ from longspan.kernels.grid import Grid
 from longspan.kernels.index_selection import select_tokens
 from longspan.kernels.indexer import Index
 from longspan.kernels.map_loss import gate_loss, index_loss
+from longspan.kernels.query_groups import QueryGroups
 from longspan.kernels.reach import Reach
 from longspan.kernels.scoring import Scoring
 from reference.attention import naive_attend
 from reference.indexer import naive_block_scores, naive_index_scores
-from reference.map_loss import naive_divergence, naive_map
+from reference.map_loss import naive_divergence, naive_groups, naive_map
 from reference.visibility import chosen, visible_in
 
 F64 = torch.float64
@@ -61,7 +62,7 @@ def visible_CTS(target, reach, over):
     return seen & chosen(over.ids_QCN, over.grid.starts_B1, group_T, target.maps, keys)
 
 
-def naive_loss(target, predictor, reach, over, weight_T, dtype=F64):
+def naive_loss(target, predictor, reach, over, weight_T, dtype=F64, groups=None):
     """Loss, weight and gradients of the twin."""
     grid = over.grid if isinstance(over, Blocks) else over
     visible = visible_CTS(target, reach, over)
@@ -71,6 +72,10 @@ def naive_loss(target, predictor, reach, over, weight_T, dtype=F64):
         target.q_THD, target.k_SKD, target.lse_TH, visible, grid.starts_B1, scoring.scale,
         scoring.softcap, scoring.key_bias_SH, (target.over_heads, target.over_keys), dtype,
     )  # fmt: skip
+    if groups is not None:
+        cuts = groups.starts_Q1.diff().tolist()
+        mass = naive_groups(mass, cuts)
+        seen = naive_groups(seen.double(), cuts) > 0
     with torch.enable_grad():
         if isinstance(predictor, Index):
             inputs = predictor.q_TCJD, predictor.k_SED, predictor.weight_TCJ
@@ -94,7 +99,8 @@ def loss(target, predictor, *args, **how):
 
 def assert_equals_the_twin(target, predictor, reach, over, weight_T, **how):
     got, grads = loss(target, predictor, reach, over, weight_T, **how)
-    total, weight, wants = naive_loss(target, predictor, reach, over, weight_T)
+    groups = {"groups": how["groups"]} if "groups" in how else {}
+    total, weight, wants = naive_loss(target, predictor, reach, over, weight_T, **groups)
     torch.testing.assert_close(got.total, total, atol=1e-10, rtol=1e-10)
     assert float(got.weight) == pytest.approx(weight, abs=1e-5)
     for grad, want in zip(grads, wants, strict=True):
@@ -159,6 +165,21 @@ def test_a_gate(case, data):
     gate = Gate(draw(len(reach), target.maps, 5), draw(len(grid), key_heads, 5), 0.4)
     elements = data.draw(st.sampled_from([1, 200, 2**22]))
     assert_equals_the_twin(target, gate, reach, over, weight, elements=elements)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.data())
+def test_a_gate_of_groups_of_queries(case, data):
+    target, reach, grid, _ = case
+    sizes = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=30))
+    if data.draw(st.booleans()):
+        sizes = sizes[:1] * len(sizes)
+    starts = torch.tensor([0, *sizes, 99]).cumsum(0).clamp(max=len(reach))
+    groups, count = QueryGroups(starts), len(starts) - 1
+    weight = torch.rand(count) * (torch.rand(count) > 0.2)
+    gate = Gate(draw(count, target.maps, 5), draw(len(grid), 1, 5), 0.4)
+    how = {"groups": groups, "elements": data.draw(st.sampled_from([1, 200, 2**22]))}
+    assert_equals_the_twin(target, gate, reach, grid, weight, **how)
 
 
 CU = [0, 14, 14, 15, 40]
@@ -344,6 +365,17 @@ def test_shapes_that_contradict_each_other():
         index_loss(target, index, reach, over, weight)
     with pytest.raises(ValueError, match="gate keys"):
         gate_loss(target, Gate(draw(40, 2, 3), draw(4, 1, 3), 1.0), reach, grid, weight)
+    gate = Gate(draw(10, 2, 3), draw(40, 1, 3), 1.0)
+    fours = QueryGroups(torch.arange(0, 41, 4))
+    gate_loss(target, gate, reach, grid, weight[:10], groups=fours)
+    with pytest.raises(ValueError, match="per row or group"):
+        gate_loss(target, gate, reach, grid, weight, groups=fours)
+    with pytest.raises(ValueError, match="per row or group"):
+        gate_loss(target, gate, reach, grid, weight[:10], groups=QueryGroups(fours.starts_Q1 // 2))
+    with pytest.raises(ValueError, match="over choices"):
+        gate_loss(target, gate, reach, over, weight[:10], groups=fours)
+    with pytest.raises(ValueError, match="ascend"):
+        QueryGroups(torch.tensor([0, 3, 2]))
     with pytest.raises(ValueError, match="a grid of"):
         index_loss(target, index, reach, Grid.documents([0, 41], 1), weight)
     with pytest.raises(ValueError, match="3 maps"):
