@@ -44,6 +44,9 @@ def cases(draw):
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(seed)
         reach = reach.rows(torch.randperm(keys, generator=generator)[: draw(st.integers(0, keys))])
+    if draw(st.booleans()):
+        nothing = torch.rand(len(reach), generator=torch.Generator().manual_seed(seed)) < 0.3
+        reach = Reach(reach.first_T, reach.last_T.masked_fill(nothing, 0))
     heads = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     shape = {"heads": heads, "key_heads": draw(st.sampled_from([1, heads[0]])), "seed": seed}
     index = draw_index(len(reach), keys, weighted=draw(st.booleans()), **shape)

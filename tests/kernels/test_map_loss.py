@@ -18,7 +18,7 @@ from longspan.kernels.reach import Reach
 from longspan.kernels.scoring import Scoring
 from reference.attention import naive_attend
 from reference.indexer import naive_block_scores, naive_index_scores
-from reference.map_loss import naive_divergence, naive_groups, naive_map
+from reference.map_loss import naive_divergence, naive_map
 from reference.visibility import chosen, visible_in
 
 F64 = torch.float64
@@ -60,6 +60,12 @@ def visible_CTS(target, reach, over):
         return seen
     group_T = torch.arange(len(reach)) if over.group_T is None else over.group_T.on(seen.device)
     return seen & chosen(over.ids_QCN, over.grid.starts_B1, group_T, target.maps, keys)
+
+
+def naive_groups(x_CTB, sizes):
+    """The largest entry over each group of rows, [C, Q, B]; 0 for an empty group."""
+    parts = [part.amax(1) if part.shape[1] else part.sum(1) for part in x_CTB.split(sizes, dim=1)]
+    return torch.stack(parts, dim=1)
 
 
 def naive_loss(target, predictor, reach, over, weight_T, dtype=F64, groups=None):
@@ -116,6 +122,9 @@ def cases(draw_from):
     reach = Reach.documents(cu, draw_from(st.none() | st.integers(1, 9)))
     if draw_from(st.booleans()):
         reach = reach.rows(torch.randperm(keys)[: draw_from(st.integers(0, keys))])
+    if draw_from(st.booleans()):
+        nothing = torch.rand(len(reach)) < 0.3
+        reach = Reach(reach.first_T, reach.last_T.masked_fill(nothing, 0))
     groups, maps = draw_from(st.sampled_from([(1, 1), (2, 1), (2, 2), (1, 2), (2, 4), (4, 2)]))
     heads = max(groups, maps) * draw_from(st.integers(1, 3))
     more = {

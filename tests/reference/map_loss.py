@@ -39,12 +39,6 @@ def naive_map(
     return torch.stack(blocks, dim=-1) if blocks else mass_CTS[..., :0]
 
 
-def naive_groups(x_CTB: Tensor, sizes: list[int]) -> Tensor:
-    """The largest entry over each group of rows, [C, Q, B]; 0 for an empty group."""
-    parts = [part.amax(1) if part.shape[1] else part.sum(1) for part in x_CTB.split(sizes, dim=1)]
-    return torch.stack(parts, dim=1)
-
-
 def naive_divergence(
     mass_CTB: Tensor, scores_CTB: Tensor, seen_CTB: Tensor, weight_T: Tensor
 ) -> tuple[Tensor, float]:
