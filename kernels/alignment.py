@@ -70,18 +70,20 @@ def align(
     for start in range(0, len(a_THV), step):
         rows = slice(start, start + step)
         weight_M11 = weight_T[rows, None, None].to(total.dtype) / max(1, width)
-        apart_MHV = wide(a_THV[rows]) - wide(b_THV[rows])
-        far_MHV = apart_MHV.abs()
-        if beta:
-            # near * (far - near / 2) / beta is both the square and the linear part.
-            near_MHV = far_MHV.clamp(max=beta)
-            far_MHV = far_MHV.sub_(near_MHV, alpha=0.5).mul_(near_MHV).div_(beta)
-            slope_MHV = apart_MHV.div_(beta).clamp_(-1.0, 1.0)
-        else:
-            slope_MHV = apart_MHV.sign_()
+        values_MHV, slopes_MHV = _smooth(wide(a_THV[rows]) - wide(b_THV[rows]), beta)
         # Both directions have the same value.
-        total += 2 * far_MHV.mul_(weight_M11).sum()
-        da_MHV = slope_MHV.mul_(weight_M11)
-        da_THV[rows] = da_MHV
-        db_THV[rows] = da_MHV.neg_()
+        total += 2 * values_MHV.mul_(weight_M11).sum()
+        da_THV[rows] = slopes_MHV.mul_(weight_M11)
+        db_THV[rows] = slopes_MHV.neg_()
     return Alignment(total, da_THV, db_THV)
+
+
+def _smooth(apart: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """SmoothL1 of differences, and its slopes in their place."""
+    far = apart.abs()
+    if not beta:
+        return far, apart.sign_()
+    # near * (far - near / 2) / beta is both the square and the linear part.
+    near = far.clamp(max=beta)
+    values = far.sub_(near, alpha=0.5).mul_(near).div_(beta)
+    return values, apart.div_(beta).clamp_(-1.0, 1.0)

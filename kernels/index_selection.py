@@ -6,6 +6,7 @@ dim; M rows of a chunk, U blocks, Z places for the keys of a block, L = U * Z.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -83,23 +84,19 @@ def select_index_blocks(
     _check(index, reach, grid, count)
     if min(initial, local) < 0 or initial + local > count:
         raise ValueError(f"{initial} initial and {local} local blocks among {count} chosen")
-    rows, heads, device = len(reach), index.heads, index.k_SED.device
-    first_T, last_T = (Mirror(x).on(device) for x in grid.span(reach))
-    ids_QCN = torch.full((rows, heads, count), -1, dtype=torch.int32, device=device)
-    for chunk in plan_chunks(reach, max(1, elements // (SCORE * heads)), TILE_KEYS):
-        top = RunningTop(heads * (chunk.stop - chunk.start), count, device)
-        for units in _unit_tiles(chunk, grid):
-            slots = Slots.shared(chunk, units, grid, reach, index.k_SED)
-            scores_CMU = _block_scores(index, slots, elements)
-            if initial or local:
-                unit_U = torch.arange(units.start, units.stop, device=device)
-                forced_MU = unit_U < first_T[chunk.rows, None] + initial
-                forced_MU |= unit_U >= last_T[chunk.rows, None] - local
-                forced_CMU = forced_MU & (scores_CMU > float("-inf"))
-                scores_CMU.masked_fill_(forced_CMU, float("inf"))
-            top.add(scores_CMU.flatten(0, 1), units.start)
-        ids_QCN[chunk.rows] = top.ids().unflatten(0, (heads, -1)).transpose(0, 1)
-    return Blocks(ids_QCN, grid)
+    first_T, last_T = (Mirror(x).on(index.k_SED.device) for x in grid.span(reach))
+
+    def score(slots: Slots) -> Tensor:
+        scores_CMU = _block_scores(index, slots, elements)
+        if initial or local:
+            unit_U = _numbers(slots)
+            forced_MU = unit_U < first_T[slots.rows, None] + initial
+            forced_MU |= unit_U >= last_T[slots.rows, None] - local
+            forced_CMU = forced_MU & (scores_CMU > float("-inf"))
+            scores_CMU.masked_fill_(forced_CMU, float("inf"))
+        return scores_CMU
+
+    return _choose(score, index, reach, grid, count, elements)
 
 
 def select_tokens_in_blocks(
@@ -148,15 +145,20 @@ def select_tokens_in_blocks(
     step = max(1, elements // max(1, per_row))
     for start in range(0, len(reach), step):
         slots = Slots.chosen(slice(start, min(start + step, len(reach))), coarse, reach)
-        assert isinstance(slots.keys, Tensor)
-        scores_CML = index_scores(index, slots, elements)
-        scores_CML.masked_fill_(~slots.seen_CMUZ.flatten(2), float("-inf"))
-        # The places of a row ascend with its keys, so that ties go to the lowest key.
-        at_RN = top_ids(scores_CML.flatten(0, 1), count)
-        keys_RN = slots.keys.flatten(0, 1).gather(1, at_RN.clamp(min=0).long())
-        ids_RN = keys_RN.int().masked_fill_(at_RN < 0, -1)
-        ids_QCN[slots.rows] = ids_RN.unflatten(0, (index.heads, -1)).transpose(0, 1)
+        ids_QCN[slots.rows] = _among(index, slots, count, elements).transpose(0, 1)
     return Blocks(ids_QCN, tokens)
+
+
+def _among(index: Index, slots: Slots, count: int, elements: int) -> Tensor:
+    """The keys with the highest scores among those that each row looks at, [C, M, N]."""
+    assert isinstance(slots.keys, Tensor)
+    scores_CML = index_scores(index, slots, elements)
+    scores_CML.masked_fill_(~slots.seen_CMUZ.flatten(2), float("-inf"))
+    # The places of a row ascend with its keys, so that ties go to the lowest key.
+    at_RN = top_ids(scores_CML.flatten(0, 1), count)
+    keys_RN = slots.keys.flatten(0, 1).gather(1, at_RN.clamp(min=0).long())
+    ids_RN = keys_RN.int().masked_fill_(at_RN < 0, -1)
+    return ids_RN.unflatten(0, (index.heads, -1))
 
 
 def _coarse(
@@ -166,23 +168,54 @@ def _coarse(
     pooled = replace(index, k_SED=_pooled_keys(index.k_SED, grid, pool, elements))
     first_T, last_T = grid.span(reach)
     over_blocks, blocks = Reach(first_T, last_T.clamp(max=len(grid))), _tokens(len(grid))
-    heads, device = index.heads, index.k_SED.device
-    ids_QCN = torch.full((len(reach), heads, budget), -1, dtype=torch.int32, device=device)
-    starts_B1 = grid.mirror.on(device)
-    for chunk in plan_chunks(over_blocks, max(1, elements // (SCORE * heads)), TILE_KEYS):
-        top = RunningTop(heads * (chunk.stop - chunk.start), budget, device)
-        first_M1, last_M1 = (x.on(device)[chunk.rows, None] for x in (reach.first, reach.last))
-        for units in _unit_tiles(chunk, blocks):
-            slots = Slots.shared(chunk, units, blocks, over_blocks, index.k_SED)
-            scores_CMU = _block_scores(pooled, slots, elements)
-            begin_U, end_U = starts_B1[units], starts_B1[units.start + 1 : units.stop + 1]
-            partly_MU = (begin_U < first_M1) | (end_U > last_M1)
-            partly_MU &= torch.maximum(begin_U, first_M1) < torch.minimum(end_U, last_M1)
-            scores_CMU.masked_fill_(partly_MU, float("inf"))
-            scores_CMU.masked_fill_(begin_U == end_U, float("-inf"))
-            top.add(scores_CMU.flatten(0, 1), units.start)
-        ids_QCN[chunk.rows] = top.ids().unflatten(0, (heads, -1)).transpose(0, 1)
+    starts_B1 = grid.mirror.on(index.k_SED.device)
+
+    def score(slots: Slots) -> Tensor:
+        assert isinstance(slots.units, slice)
+        scores_CMU = _block_scores(pooled, slots, elements)
+        first_M1, last_M1 = (
+            x.on(scores_CMU.device)[slots.rows, None] for x in (reach.first, reach.last)
+        )
+        begin_U = starts_B1[slots.units]
+        end_U = starts_B1[slots.units.start + 1 : slots.units.stop + 1]
+        partly_MU = (begin_U < first_M1) | (end_U > last_M1)
+        partly_MU &= torch.maximum(begin_U, first_M1) < torch.minimum(end_U, last_M1)
+        scores_CMU.masked_fill_(partly_MU, float("inf"))
+        return scores_CMU.masked_fill_(begin_U == end_U, float("-inf"))
+
+    ids_QCN = _choose(score, index, over_blocks, blocks, budget, elements).ids_QCN
     return Blocks(ids_QCN, grid)
+
+
+def _choose(
+    score: Callable[[Slots], Tensor],
+    index: Index,
+    reach: Reach,
+    grid: Grid,
+    count: int,
+    elements: int,
+) -> Blocks:
+    """The blocks of the highest scores [C, M, U] that `score` gives to the blocks of slots."""
+    heads, device = index.heads, index.k_SED.device
+    ids_QCN = torch.full((len(reach), heads, count), -1, dtype=torch.int32, device=device)
+    for chunk in plan_chunks(reach, max(1, elements // (SCORE * heads)), TILE_KEYS):
+        first, last = unit_range(chunk, grid)
+        width = min(count, last - first)
+        if width < 1:
+            continue
+        top = RunningTop(heads * (chunk.stop - chunk.start), width, device)
+        for units in _tiles(first, last, grid):
+            slots = Slots.shared(chunk, units, grid, reach, index.k_SED)
+            top.add(score(slots).flatten(0, 1), units.start)
+        ids_MCN = top.ids().unflatten(0, (heads, -1)).transpose(0, 1)
+        ids_QCN[chunk.rows, :, :width] = ids_MCN
+    return Blocks(ids_QCN, grid)
+
+
+def _numbers(slots: Slots) -> Tensor:
+    """The numbers of blocks that all rows share."""
+    assert isinstance(slots.units, slice)
+    return torch.arange(slots.units.start, slots.units.stop, device=slots.seen_CMUZ.device)
 
 
 def _block_scores(index: Index, slots: Slots, elements: int) -> Tensor:
@@ -193,10 +226,9 @@ def _block_scores(index: Index, slots: Slots, elements: int) -> Tensor:
     return scores_CML if size == 1 else scores_CML.unflatten(2, (-1, size)).amax(-1)
 
 
-def _unit_tiles(chunk: Chunk, grid: Grid) -> list[slice]:
-    """The blocks of a chunk in ranges of at most TILE_KEYS places, or of one block."""
-    first, last = unit_range(chunk, grid)
-    size = int(grid.starts_B1[first : last + 1].diff().max()) if first < last else 1
+def _tiles(first: int, last: int, grid: Grid) -> list[slice]:
+    """Blocks [first, last) in ranges of at most TILE_KEYS places, or of one block."""
+    size = int(grid.starts_B1[first : last + 1].diff().max())
     step = max(1, TILE_KEYS // max(1, size))
     tiles = [slice(at, min(at + step, last)) for at in range(first, last, step)]
     bounds = grid.starts_B1

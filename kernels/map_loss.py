@@ -59,7 +59,8 @@ def index_loss(
     renormalised there, whatever the lse was taken over). The score of a block is the largest of
     its visible keys' (MSA, arXiv 2606.13392). The target has no gradient.
 
-    Needs about 64 bytes per element beside inputs and gradients, as long as two rows' keys fit.
+    Needs about 64 bytes per element beside inputs and gradients, as long as what one row (or group
+    of rows) sees has no more elements than that.
 
     Args:
         target: The attention's map, as many maps as the index has block heads.

@@ -6,7 +6,7 @@ from longspan.kernels.query_groups import QueryGroups
 from longspan.kernels.reach import Reach
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.integers(0, 3000), max_size=6),
     st.none() | st.integers(1, 2000),
