@@ -154,13 +154,14 @@ def test_two_steps_with_a_small_budget(case, count, budget, pool):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_sums_do_not_round_to_the_dtype(dtype):
+@pytest.mark.parametrize("elements", [1, 2**22])
+def test_sums_do_not_round_to_the_dtype(dtype, elements):
     reach = Reach.documents([0, 60])
     wide = draw_index(60, 60, heads=(2, 7), key_heads=2, dim=300)
     index = Index(*(x.to(dtype) for x in (wide.q_TCJD, wide.k_SED, wide.weight_TCJ)), 0.5)
     scores_CTS, visible_TS = naive_scores(wide, reach)
     want = naive_choice(scores_CTS.masked_fill(~visible_TS, float("-inf")), 9)
-    assert lists(select_tokens(index, reach, 9)) == want
+    assert lists(select_tokens(index, reach, 9, elements=elements)) == want
 
 
 def test_no_choice_changes_with_a_key_out_of_reach():
