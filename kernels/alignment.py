@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .precision import wide, wide_dtype
 
-# Elements of one temporary; about four of them exist at once.
+# Elements of one temporary; about six of them exist at once.
 MAX_ELEMENTS = 2**21
 
 
@@ -42,7 +42,7 @@ def align(
     """SmoothL1(a, b held still) + SmoothL1(b, a held still), as SSA aligns (arXiv 2511.20102).
 
     A row's term is the mean over its elements, the total a sum over the rows: over a number of
-    tokens it is what a mean over all elements would be. Needs 16 bytes per element beside the
+    tokens it is what a mean over all elements would be. Needs about 32 bytes per element beside the
     gradients.
 
     Args:
