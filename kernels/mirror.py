@@ -21,5 +21,7 @@ class Mirror:
             if device.type == "cuda":
                 # Only a copy from pinned memory does not wait for the device.
                 copy = copy.pin_memory().to(device, non_blocking=True)
+            elif device.type != "cpu":
+                copy = copy.to(device)
             self._copies[device] = copy
         return copy

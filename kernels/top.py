@@ -29,15 +29,20 @@ def top_ids(scores_RX: Tensor, count: int) -> Tensor:
         return cuda_top_ids(scores_RX, count)
     rows, candidates = scores_RX.shape
     width = min(count, candidates)
-    # Order of fp32 as order of int32, then the number: no two keys are equal. Adding 0.0 makes
-    # -0.0 and 0.0 the tie that they are; the NaN of a CPU and of a GPU differ in sign.
-    bits_RX = (scores_RX.float() + 0.0).masked_fill_(scores_RX.isnan(), torch.nan).view(torch.int32)
-    bits_RX = bits_RX ^ ((bits_RX >> 31) & 0x7FFFFFFF)
     number_X = torch.arange(candidates - 1, -1, -1, device=scores_RX.device)
-    top_RN = ((bits_RX.long() << 32) | number_X).topk(width, dim=-1, sorted=False).values
+    # The score, then the number: no two keys are equal.
+    key_RX = (sortable(scores_RX).long() << 32) | number_X
+    top_RN = key_RX.topk(width, dim=-1, sorted=False).values
     ids_RN = candidates - 1 - (top_RN & 0xFFFFFFFF)
     hidden_RN = scores_RX.gather(1, ids_RN) == float("-inf")
     ids_RN = ids_RN.masked_fill(hidden_RN, candidates).sort(dim=-1).values
     chosen = torch.full((rows, count), -1, dtype=torch.int32, device=scores_RX.device)
     chosen[:, :width] = ids_RN.masked_fill(ids_RN == candidates, -1)
     return chosen
+
+
+def sortable(scores: Tensor) -> Tensor:
+    """Scores in fp32 as int32 in the same order; -0.0 and 0.0 are the tie that they are."""
+    # The NaN of a CPU and of a GPU differ in sign.
+    bits = (scores.float() + 0.0).masked_fill_(scores.isnan(), torch.nan).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
