@@ -1,13 +1,7 @@
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from itertools import product
 
 import pytest
+import torch
 from longspan.kernels import backends
 from longspan.kernels.eager import pooled_scores as eager
 from longspan.kernels.grid import Grid
@@ -122,11 +116,11 @@ def test_choices_are_the_eager_ones(rule, starts, monkeypatch):
     options = {"scale": SCALE, "query_starts": groups}
     if rule.statistic == "probability":
         options["coarse"] = Pooled(case.coarse_k, case.coarse)
-    want = select_blocks(*inputs, **options)
+    with backends.use("eager"):
+        want = select_blocks(*inputs, **options)
     monkeypatch.setattr(triton, "MAX_SCORES", 1000)
     monkeypatch.setattr(triton.Scorer, "rows", 50)
-    with backends.use("triton"):
-        got = select_blocks(*inputs, **options)
+    got = select_blocks(*inputs, **options)
     # Only near-ties may differ.
     same = (got.ids_QCN == want.ids_QCN).all(-1).double().mean()
     assert same >= 0.98, same
