@@ -83,12 +83,11 @@ def select_blocks(
                          "group that lies in several")  # fmt: skip
     far = None if coarse is None else (coarse.k_PGD, visible(coarse.windows, reach))
     score = pooled_scorer(q_THD.device)(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
-    heads = q_THD.shape[1]
-    choosers = heads if rule.heads == "none" else k_PGD.shape[1]
+    choosers = q_THD.shape[1] if rule.heads == "none" else k_PGD.shape[1]
     shape = len(todo.starts_Q1) - 1, choosers, rule.total
     ids_QCN = torch.full(shape, -1, dtype=torch.int32, device=q_THD.device)
     choice = _Choice(todo, rule, q_THD.device, torch.promote_types(q_THD.dtype, torch.float32))
-    for chunk in todo.chunks(heads, score.most):
+    for chunk in todo.chunks(score.heads, score.rows, score.most):
         if chunk.blocks.start < chunk.blocks.stop:
             ids_QCN[chunk.groups] = choice(chunk, score(chunk.rows, chunk.sight))
     return Blocks(ids_QCN, grid, query_starts)

@@ -17,9 +17,6 @@ from .mirror import Mirror
 from .reach import Reach
 from .windows import Windows
 
-# Query groups of a chunk are taken from so many rows; more would see too different windows.
-MAX_ROWS = 1024
-
 
 @dataclass(frozen=True)
 class Sight:
@@ -153,14 +150,17 @@ class SelectionPlan:
         keys_KB -= torch.maximum(self.windows.starts_P[at_KB], starts_B)
         return Mirror(at_KB), Mirror(keys_KB.masked_fill(~there_KB, 0))
 
-    def chunks(self, heads: int, most: int) -> Iterator[Chunk]:
-        """All query groups, so cut that heads * rows * windows of a chunk are at most `most`.
+    def chunks(self, heads: int, height: int, most: int) -> Iterator[Chunk]:
+        """All query groups, some at a time; at least one, whatever it needs.
 
-        (A chunk has at least one query group, however many rows that has.)
+        Args:
+            heads: Scores of a chunk are heads * rows * windows in sight.
+            height: Rows that a chunk may have. Rows far apart see different windows.
+            most: Scores that a chunk may have.
         """
         starts, at, groups = self.starts_Q1, 0, len(self.starts_Q1) - 1
         while at < groups:
-            stop = self._reaching(at, MAX_ROWS)
+            stop = self._reaching(at, height)
             rows = slice(int(starts[at]), int(starts[stop]))
             width = len(sight(self.seen, rows))
             if heads * (rows.stop - rows.start) * width > most:

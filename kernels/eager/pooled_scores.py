@@ -27,8 +27,12 @@ class Scorer:
     """Scores of one selection, chunk by chunk.
 
     Attributes:
-        most: Scores that a chunk may have over all query heads.
+        heads: Heads of which scores exist at once.
+        most: Scores that a chunk may have over these heads.
+        rows: Rows that a chunk may have.
     """
+
+    rows = 2**10
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Scorer:
         coarse: tuple[Tensor, Reach] | None,
     ) -> None:
         self.most = MAX_SCORES_CPU if q_THD.device.type == "cpu" else MAX_SCORES
+        self.heads = q_THD.shape[1]
         self._q_THD, self._seen, self._rule, self._scale = q_THD, seen, rule, scale
         self._lse_TH = lse_TH
         self._k_GPD = _heads_first(k_PGD)

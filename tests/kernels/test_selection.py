@@ -81,7 +81,7 @@ class Case:
 def chunks(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr(pooled_scores, "MAX_SCORES_CPU", request.param)
-        monkeypatch.setattr(selection_plan, "MAX_ROWS", 23)
+        monkeypatch.setattr(pooled_scores.Scorer, "rows", 23)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
