@@ -86,9 +86,36 @@ class Blocks:
         return Mirror(torch.repeat_interleave(torch.arange(len(sizes)), sizes))
 
     @cached_property
+    def starts(self) -> Mirror | None:
+        """`query_starts` as int32 on other devices; None if each row is its own group."""
+        return None if self.query_starts is None else Mirror(self.query_starts)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Query rows of the largest group."""
+        if self.query_starts is None:
+            return 1
+        return int(self.query_starts.diff().max()) if len(self.query_starts) > 1 else 0
+
+    @cached_property
     def inverse(self) -> Inverse:
         """The choices in the order of the chosen blocks, made once for forward and backward."""
-        return Inverse.of(self)
+        return self.inverse_over(self.ids_QCN.shape[1])
+
+    def inverse_over(self, heads: int) -> Inverse:
+        """The same with neighbouring block heads counted as one; made once for each number.
+
+        Args:
+            heads: How many block heads to tell apart: a divisor of their number.
+        """
+        made = self._inverses.get(heads)
+        if made is None:
+            made = self._inverses[heads] = Inverse.of(self, heads)
+        return made
+
+    @cached_property
+    def _inverses(self) -> dict[int, Inverse]:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,23 +124,33 @@ class Inverse:
 
     Attributes:
         groups_P: Query groups, sorted by block head, then block, then group; int32.
+        order_P: Where each of these choices is in ids_QCN, flattened; int32 if it can be.
         starts_CB1: Where each block's groups begin, int64 [C * B + 1]: those that chose block b
             with block head c are at starts[c * B + b] to starts[c * B + b + 1]. Choices of nothing
             come after all others.
     """
 
     groups_P: Tensor
+    order_P: Tensor
     starts_CB1: Tensor
 
     @classmethod
-    def of(cls, blocks: Blocks) -> Inverse:
-        """Sorts the choices of `blocks`; stable, so that the order is the same every time."""
+    def of(cls, blocks: Blocks, heads: int) -> Inverse:
+        """Sorts the choices of `blocks`; stable, so that the order is the same every time.
+
+        Args:
+            blocks: The choices.
+            heads: How many block heads to tell apart; see `Blocks.inverse_over`.
+        """
         ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
-        _, heads, width = ids_QCN.shape
-        head_C1 = torch.arange(heads, device=ids_QCN.device)[:, None]
-        key_QCN = ids_QCN + head_C1 * count
+        _, block_heads, width = ids_QCN.shape
+        assert block_heads % heads == 0, (block_heads, heads)
+        head_C1 = torch.arange(block_heads, device=ids_QCN.device)[:, None]
+        key_QCN = ids_QCN + head_C1 // (block_heads // heads) * count
         key_QCN = key_QCN.masked_fill(ids_QCN < 0, heads * count)
         sorted_P, order_P = key_QCN.flatten().sort(stable=True)
         edges = torch.arange(heads * count + 1, device=ids_QCN.device)
         starts = torch.searchsorted(sorted_P, edges)
-        return cls((order_P // (heads * width)).int(), starts)
+        if len(order_P) < 2**31:
+            order_P = order_P.int()
+        return cls((order_P // (block_heads * width)).int(), order_P, starts)
