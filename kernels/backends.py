@@ -52,6 +52,7 @@ class Backend:
 
 
 TABLE = (
+    Backend("triton", "own Triton kernels", ".triton.backend", "triton", frozenset()),
     Backend("eager", "PyTorch's own operators", ".eager.backend", None, frozenset({"cpu", "cuda"})),
 )
 """In order of preference."""
