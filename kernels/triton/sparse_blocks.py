@@ -23,7 +23,7 @@ from ..blocks import Blocks
 from .sparse_shape import Inputs, Shape
 from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
 from .sparse_work import Work, cut, take
-from .steps import LN2, logits_of, product
+from .steps import LN2, logits_of, narrow, product
 from .tuning import autotuned
 
 BUFFER = 2**30
@@ -169,7 +169,7 @@ def _parts(
         weights_MN = tl.exp2(logits_MN - level_M[:, None])
         sum_M = tl.sum(weights_MN, 1)
         share_M = 1.0 / tl.where(sum_M == 0.0, 1.0, sum_M)
-        out_MV = product(weights_MN.to(v_NV.dtype), v_NV) * share_M[:, None]
+        out_MV = product(narrow(weights_MN, v_NV.dtype), v_NV) * share_M[:, None]
         to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
         store_rows(part, to_M * V, live_M, out_MV, V, VP)
         tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
@@ -208,6 +208,6 @@ def _merge(
         peak = new
     share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     to = token * H + head
-    tl.store(out + to * V + at, (acc_V * share).to(out.dtype.element_ty), mask=at < V)
+    tl.store(out + to * V + at, narrow(acc_V * share, out.dtype.element_ty), mask=at < V)
     lse_1 = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(total)) * LN2)
     tl.store(lse + to + tl.arange(0, 1), lse_1)

@@ -18,7 +18,7 @@ from .sparse_blocks import chunks, launch
 from .sparse_shape import Inputs
 from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
 from .sparse_work import take
-from .steps import LOG2E, logits_of, product, slope_of
+from .steps import LOG2E, logits_of, narrow, product, slope_of
 from .tuning import autotuned
 
 
@@ -91,7 +91,7 @@ def _parts(
             order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-        dout_MV = load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP).to(v_NV.dtype)
+        dout_MV = narrow(load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty)
         row_M = token_M * heads + head_M
         lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
         delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
@@ -104,7 +104,7 @@ def _parts(
         dlogits_MN = weights_MN * (product(dout_MV, tl.trans(v_NV)) - delta_M[:, None])
         if CAP:
             dlogits_MN *= slope_of(capped_MN, softcap)
-        dq_MD = product(dlogits_MN.to(k_ND.dtype), k_ND)
+        dq_MD = product(narrow(dlogits_MN, k_ND.dtype), k_ND)
         to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
         store_rows(part, to_M * D, live_M, dq_MD, D, DP)
 

@@ -25,7 +25,7 @@ from .sparse_blocks import launch
 from .sparse_shape import Inputs, Shape
 from .sparse_steps import load_rows, rows_of_choices, store_rows
 from .sparse_work import Work, splits_of, take
-from .steps import LOG2E, dot, logits_of, product, slope_of
+from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
 from .tuning import autotuned
 
 LEAST_ROWS = 512
@@ -136,7 +136,7 @@ def _keys(
             order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-        dout_MV = load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP).to(v_NV.dtype)
+        dout_MV = narrow(load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty)
         row_M = token_M * heads + head_M
         lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
         delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
@@ -150,14 +150,14 @@ def _keys(
             at = bias + at_N[:, None] * bt + head_M[None, :] * bh
             logits_NM += tl.load(at, mask=seen_NM, other=0.0).to(tl.float32) * LOG2E
         weights_NM = tl.where(seen_NM, tl.exp2(logits_NM - lse_M[None, :]), 0.0)
-        dv_NV = dot(weights_NM.to(v_NV.dtype), dout_MV, dv_NV)
+        dv_NV = dot(narrow(weights_NM, v_NV.dtype), dout_MV, dv_NV)
         dlogits_NM = weights_NM * (product(v_NV, tl.trans(dout_MV)) - delta_M[None, :])
         if BIASED:
             whose_MH = (head_M - kv * HG)[:, None] == tl.arange(0, HP)[None, :]
-            dbias_NH = dot(dlogits_NM.to(k_ND.dtype), whose_MH.to(k_ND.dtype), dbias_NH)
+            dbias_NH = dot(narrow(dlogits_NM, k_ND.dtype), narrow(whose_MH, k_ND.dtype), dbias_NH)
         if CAP:
             dlogits_NM *= slope_of(capped_NM, softcap)
-        dk_ND = dot(dlogits_NM.to(k_ND.dtype), q_MD, dk_ND)
+        dk_ND = dot(narrow(dlogits_NM, k_ND.dtype), q_MD, dk_ND)
     dk_ND *= scale
     at_N = at_N * G + kv
     if tl.load(end_Z + segment) - tl.load(begin_Z + segment) > split:

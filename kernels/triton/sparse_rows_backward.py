@@ -19,7 +19,7 @@ from torch import Tensor
 from .sparse_rows import grid
 from .sparse_shape import Inputs, tile
 from .sparse_steps import add_bias, keys_of_slots, load_rows, rows_of_group, seen, store_rows
-from .steps import LOG2E, dot, logits_of, product, slope_of
+from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
 from .tuning import autotuned
 
 
@@ -88,7 +88,7 @@ def _queries(
     k += kv.to(tl.int64) * kh
     v += kv.to(tl.int64) * vh
     q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-    dout_MV = load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP).to(q_MD.dtype)
+    dout_MV = narrow(load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty)
     row_M = token_M * heads + head_M
     lse_M = tl.load(lse + row_M, mask=live_M, other=0.0).to(tl.float32) * LOG2E
     delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
@@ -110,11 +110,11 @@ def _queries(
             tl.atomic_add(to, dlogits_MN, mask=seen_MN, sem="relaxed")
         if CAP:
             dlogits_MN *= slope_of(capped_MN, softcap)
-        dlogits_MN = dlogits_MN.to(q_MD.dtype)
+        dlogits_MN = narrow(dlogits_MN, q_MD.dtype)
         dq_MD = dot(dlogits_MN, k_ND, dq_MD)
         if ATOMIC:
             dk_ND = product(tl.trans(dlogits_MN), q_MD) * scale
-            dv_NV = product(tl.trans(weights_MN.to(q_MD.dtype)), dout_MV)
+            dv_NV = product(tl.trans(narrow(weights_MN, q_MD.dtype)), dout_MV)
             _add_rows(dk, (at_N * G + kv) * D, exists_N, dk_ND, D, DP)
             _add_rows(dv, (at_N * G + kv) * V, exists_N, dv_NV, V, VP)
     store_rows(dq, row_M * D, live_M, dq_MD * scale, D, DP)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .steps import LOG2E
+from .steps import LOG2E, narrow
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def store_rows(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.c
     if SIZE != PADDED:
         live = live & (at < SIZE)[None, :]
     to = base + offset_M[:, None] + at[None, :]
-    tl.store(to, rows_MD.to(base.dtype.element_ty), mask=live)
+    tl.store(to, narrow(rows_MD, base.dtype.element_ty), mask=live)
 
 
 @triton.jit
