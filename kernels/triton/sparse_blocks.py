@@ -5,7 +5,7 @@ heads. A partial result lies at the place of its choice in a buffer of bounded s
 go through in chunks; partial outputs have the dtype of the output.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -76,15 +76,16 @@ def chunks(shape: Shape, blocks: Blocks, bytes_of_row: int) -> Iterator[Chunk]:
 
 def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     """Row tiles to try; the key tile is given, since it decides what is in the buffer."""
-    wide = max(constants["DP"], constants["VP"])
-    if constants["BYTES"] > 2 or wide > 128:
-        return [triton.Config({"BM": 32 if constants["BYTES"] > 2 else 64}, num_warps=4, num_stages=2)]
-    return [
-        triton.Config({"BM": 64}, num_warps=4, num_stages=2),
-        triton.Config({"BM": 64}, num_warps=4, num_stages=3),
-        triton.Config({"BM": 128}, num_warps=8, num_stages=2),
-        triton.Config({"BM": 128}, num_warps=4, num_stages=2),
-    ]
+    if constants["BYTES"] > 2:
+        return [row_tile(16, 8, 1)]
+    if max(constants["DP"], constants["VP"]) > 128:
+        return [row_tile(64, 4, 1), row_tile(64, 8, 2)]
+    return [row_tile(64, 4, 2), row_tile(64, 4, 3), row_tile(128, 8, 2)]
+
+
+def row_tile(rows: int, warps: int, stages: int) -> triton.Config:
+    """A configuration."""
+    return triton.Config({"BM": rows}, num_warps=warps, num_stages=stages)
 
 
 def forward(inputs: Inputs, blocks: Blocks, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ def _parts(
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
     KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    segment, head, block, begin, count, _ = take(
+    _, head, block, begin, count, _ = take(
         segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
     )
     if count <= 0:

@@ -1,6 +1,6 @@
 """By block, backward: dq where query groups are small. See `sparse_blocks`."""
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
-from .sparse_blocks import chunks, launch
+from .sparse_blocks import chunks, launch, row_tile
 from .sparse_shape import Inputs
 from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
 from .sparse_work import take
@@ -24,20 +24,14 @@ from .tuning import autotuned
 
 def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     """Row tiles to try."""
-    wide = max(constants["DP"], constants["VP"])
-    if constants["BYTES"] > 2 or wide > 128:
-        return [triton.Config({"BM": 32}, num_warps=4, num_stages=1)]
-    return [
-        triton.Config({"BM": 64}, num_warps=4, num_stages=2),
-        triton.Config({"BM": 64}, num_warps=4, num_stages=1),
-        triton.Config({"BM": 64}, num_warps=8, num_stages=2),
-        triton.Config({"BM": 128}, num_warps=8, num_stages=1),
-    ]
+    if constants["BYTES"] > 2:
+        return [row_tile(16, 8, 1)]
+    if max(constants["DP"], constants["VP"]) > 128:
+        return [row_tile(32, 4, 1), row_tile(64, 8, 1)]
+    return [row_tile(64, 4, 2), row_tile(64, 4, 1), row_tile(64, 8, 2), row_tile(128, 8, 1)]
 
 
-def queries(
-    inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Tensor
-) -> Tensor:
+def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """dq [T, H, D] in fp32, from partial sums in fp32; see `sparse_rows_backward.queries`."""
     q, shape = inputs.q, inputs.shape
     dq = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -72,7 +66,7 @@ def _parts(
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
     KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    segment, head, block, begin, count, _ = take(
+    _, head, block, begin, count, _ = take(
         segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
     )
     if count <= 0:
@@ -91,7 +85,9 @@ def _parts(
             order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-        dout_MV = narrow(load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty)
+        dout_MV = narrow(
+            load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
+        )
         row_M = token_M * heads + head_M
         lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
         delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)

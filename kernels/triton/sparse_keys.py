@@ -7,7 +7,7 @@ which a second kernel adds in order. No atomics: the same sums in every run.
 Shapes: P choices, Z segments.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
-from .sparse_blocks import launch
+from .sparse_blocks import launch, row_tile
 from .sparse_shape import Inputs, Shape
 from .sparse_steps import load_rows, rows_of_choices, store_rows
 from .sparse_work import Work, splits_of, take
@@ -37,16 +37,11 @@ MOST_PROGRAMS = 1024
 
 def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     """Row tiles to try; the key tile is given, since it decides what partial sums are."""
-    sums = constants["BK"] * (constants["DP"] + constants["VP"])
-    warps = 8 if sums > 16384 else 4
-    if constants["BYTES"] > 2 or max(constants["DP"], constants["VP"]) > 128:
-        return [triton.Config({"BM": 32}, num_warps=warps, num_stages=1)]
-    return [
-        triton.Config({"BM": 64}, num_warps=warps, num_stages=2),
-        triton.Config({"BM": 64}, num_warps=8, num_stages=2),
-        triton.Config({"BM": 64}, num_warps=warps, num_stages=1),
-        triton.Config({"BM": 32}, num_warps=4, num_stages=2),
-    ]
+    if constants["BYTES"] > 2:
+        return [row_tile(16, 8, 1)]
+    if constants["BK"] * (constants["DP"] + constants["VP"]) > 16384:
+        return [row_tile(32, 8, 1), row_tile(64, 8, 2), row_tile(64, 8, 1)]
+    return [row_tile(32, 4, 2), row_tile(64, 4, 1), row_tile(64, 4, 2), row_tile(64, 8, 2)]
 
 
 def keys(
@@ -136,7 +131,9 @@ def _keys(
             order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-        dout_MV = narrow(load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty)
+        dout_MV = narrow(
+            load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
+        )
         row_M = token_M * heads + head_M
         lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
         delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)

@@ -5,7 +5,7 @@ head and a key-value head. The keys of its list of blocks lie side by side in sl
 serves every block size down to 1.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -18,30 +18,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sparse_shape import Inputs, tile
+from .sparse_shape import Inputs
 from .sparse_steps import add_bias, keys_of_slots, load_rows, rows_of_group, seen, store_rows
 from .steps import absorb, finish, logits_of, product
 from .tuning import autotuned
 
 
 def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
-    """Row tiles that hold a query group where they can, and key tiles to try."""
-    rows = triton.next_power_of_2(constants["M"] * constants["R"])
-    height = min(max(16, rows), 128 if constants["DP"] <= 128 else 64)
-    key = tile(64, constants["BYTES"], max(constants["DP"], constants["VP"]))
-    warps = 4 if height <= 64 else 8
+    """Row tiles that hold a query group where they can, and key tiles to try; best guess first."""
+    return row_options(constants, 128)
+
+
+def row_options(constants: dict[str, Any], highest: int) -> Sequence[triton.Config]:
+    """The same for at most so many rows of 128 dims of 2 bytes."""
+    wide = max(constants["DP"], constants["VP"])
+    if constants["BYTES"] > 2:
+        return [_config(16, 32 if wide <= 128 else 16, 8, 1)]
+    height = triton.next_power_of_2(constants["M"] * constants["R"])
+    height = min(max(16, height), highest if wide <= 128 else highest // 2)
+    keys = 64 if wide <= 128 else 32
     if height > 32:
-        return [
-            triton.Config({"BM": height, "BN": key}, num_warps=warps, num_stages=2),
-            triton.Config({"BM": height, "BN": key}, num_warps=warps, num_stages=3),
-        ]
+        warps = height // 16
+        return [_config(height, keys, warps, 2), _config(height, keys, warps, 3)]
     # Few rows: all that counts is how many keys are on their way from the L2 cache.
     return [
-        triton.Config({"BM": height, "BN": key}, num_warps=4, num_stages=2),
-        triton.Config({"BM": height, "BN": key}, num_warps=4, num_stages=3),
-        triton.Config({"BM": height, "BN": key}, num_warps=2, num_stages=2),
-        triton.Config({"BM": height, "BN": max(16, key // 2)}, num_warps=2, num_stages=3),
+        _config(height, keys, 4, 2),
+        _config(height, keys, 4, 3),
+        _config(height, keys, 2, 2),
+        _config(height, keys // 2, 2, 3),
     ]
+
+
+def _config(rows: int, keys: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"BM": rows, "BN": keys}, num_warps=warps, num_stages=stages)
 
 
 def forward(inputs: Inputs, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

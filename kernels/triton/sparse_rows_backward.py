@@ -3,7 +3,7 @@
 The loop is that of the forward. See `sparse_rows`.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -16,30 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sparse_rows import grid
-from .sparse_shape import Inputs, tile
+from .sparse_rows import grid, row_options
+from .sparse_shape import Inputs
 from .sparse_steps import add_bias, keys_of_slots, load_rows, rows_of_group, seen, store_rows
 from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
 from .tuning import autotuned
 
 
 def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
-    """As in the forward, with smaller tiles: one more operand is held."""
-    rows = triton.next_power_of_2(constants["M"] * constants["R"])
-    wide = max(constants["DP"], constants["VP"])
-    height = min(max(16, rows), 64 if wide <= 128 else 32)
-    key = tile(64, constants["BYTES"], wide)
-    # Atomic additions must happen once: nothing to try.
-    few = constants["ATOMIC"] or height > 32
-    configs = [triton.Config({"BM": height, "BN": key}, num_warps=4, num_stages=2)]
-    if few:
-        return configs
-    return [
-        *configs,
-        triton.Config({"BM": height, "BN": key}, num_warps=4, num_stages=3),
-        triton.Config({"BM": height, "BN": key}, num_warps=2, num_stages=2),
-        triton.Config({"BM": height, "BN": max(16, key // 2)}, num_warps=2, num_stages=3),
-    ]
+    """As in the forward, with fewer rows: one more operand is held."""
+    configs = row_options(constants, 64)
+    # Whoever adds must run once: nothing to try.
+    return configs[:1] if constants["ATOMIC"] else configs
 
 
 def queries(

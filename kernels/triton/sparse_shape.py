@@ -4,7 +4,7 @@ Shapes: T query rows, S keys, H query heads, G key-value heads, C block heads, Q
 N blocks per choice, D key dim, V value dim.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Shape:
         value_dim: V.
         blocks: Blocks B of the grid.
         queries: Query groups Q.
+        item: Bytes of an element of the inputs.
     """
 
     chooser: int
@@ -55,6 +56,7 @@ class Shape:
     value_dim: int
     blocks: int
     queries: int
+    item: int
 
     @classmethod
     def of(cls, q_THD: Tensor, k_SGD: Tensor, v_SGV: Tensor, blocks: Blocks) -> Shape:
@@ -65,8 +67,9 @@ class Shape:
         rows = q_THD.shape[1] // max(chooser, groups)
         dims = q_THD.shape[2], v_SGV.shape[2]
         return cls(
-            chooser, groups, width, block, rows, blocks.tokens, *dims, len(blocks.grid), queries
-        )
+            chooser, groups, width, block, rows, blocks.tokens, *dims, len(blocks.grid), queries,
+            q_THD.element_size(),
+        )  # fmt: skip
 
     @property
     def units(self) -> int:
@@ -118,22 +121,24 @@ class Shape:
     @property
     def key_tile(self) -> int:
         """Keys that a program holds when blocks gather their queries."""
-        widest = max(triton.next_power_of_2(d) for d in (self.dim, self.value_dim))
-        return min(max(16, triton.next_power_of_2(self.block)), 64 if widest > 128 else 128)
+        wide = max(self.dim, self.value_dim) > 128
+        # Products in fp32 keep whole rows of their operands in registers.
+        most = 32 if self.item > 2 else 64 if wide else 128
+        return min(max(16, triton.next_power_of_2(self.block)), most)
 
     @property
     def key_tiles(self) -> int:
         """Tiles of a block."""
         return -(-self.block // self.key_tile)
 
-    def constants(self, scoring: Scoring, grouped: bool, item: int) -> dict[str, Any]:
-        """Those that every kernel takes; `item` is the bytes of an element of the inputs."""
+    def constants(self, scoring: Scoring, grouped: bool) -> dict[str, Any]:
+        """Those that every kernel takes."""
         padded = [max(16, triton.next_power_of_2(d)) for d in (self.dim, self.value_dim)]
         return {
             "C": self.chooser, "G": self.groups, "N": self.width, "L": self.block, "R": self.rows,
             "M": self.tokens, "D": self.dim, "V": self.value_dim, "DP": padded[0], "VP": padded[1],
             "CAP": scoring.softcap is not None, "BIASED": scoring.key_bias_SH is not None,
-            "GROUPED": grouped, "BYTES": item,
+            "GROUPED": grouped, "BYTES": self.item,
         }  # fmt: skip
 
 
@@ -173,7 +178,7 @@ class Inputs:
         starts = blocks.grid.mirror.on(device)
         groups = starts if blocks.starts is None else blocks.starts.on(device)
         bounds = reach.first.on(device), reach.last.on(device)
-        constants = shape.constants(scoring, blocks.starts is not None, q_THD.element_size())
+        constants = shape.constants(scoring, blocks.starts is not None)
         return cls(
             dense(q_THD), dense(k_SGD), dense(v_SGV), starts if bias is None else bias,
             (blocks.ids_QCN.contiguous(), starts, groups, *bounds),
@@ -197,14 +202,3 @@ def dense(x: Tensor) -> Tensor:
 def nothing_chosen(shape: Shape) -> bool:
     """Whether no query can see anything."""
     return 0 in (shape.queries, shape.width, shape.blocks, shape.block, shape.tokens, shape.rows)
-
-
-def tile(elements: int, item: int, dims: int) -> int:
-    """A number of keys or rows for tiles in shared memory: half as many for each doubling.
-
-    Args:
-        elements: For 128 dims of 2 bytes.
-        item: Bytes of an element.
-        dims: Of a row, a power of 2.
-    """
-    return max(16, elements * 256 // max(256, dims * item))

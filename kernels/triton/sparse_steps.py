@@ -3,8 +3,8 @@
 Shapes: M rows and N keys of a tile.
 """
 
-# pyright: basic
-# ruff: noqa: ANN001, ANN201
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# ruff: noqa: ANN001, ANN201, D417
 
 from __future__ import annotations
 

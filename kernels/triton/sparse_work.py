@@ -5,8 +5,8 @@ Made on the device, without waiting for it: a launch has as many programs as the
 Shapes: Z segments (lists of choices: one per segment head and block), P choices, I programs.
 """
 
-# pyright: basic
-# ruff: noqa: ANN001, ANN202
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
