@@ -8,13 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # Spawned ranks unpickle test functions by module name.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    # Settled when Triton is first imported, which any test file may do.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from support.world import World
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where tests of GPU kernels run; without a GPU the kernels are interpreted."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,18 @@ from ..reach import Reach
 from ..scoring import Gradients, Scoring
 from .launch import constants, dense_rows, scalars
 from .row_ranges import PLAN_KEYS, row_ranges
-from .steps import LOG2E, dot, key_range, load_tile, logits_of, narrow, product, slope_of, split
-from .steps import store_tile as store
+from .steps import (
+    LOG2E,
+    dot,
+    key_range,
+    load_tile,
+    logits_of,
+    narrow,
+    product,
+    slope_of,
+    split,
+    store_tile,
+)
 from .tuning import INTERPRETED, autotuned, size_class
 
 NEVER: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -39,7 +49,7 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> triton.Config:
 def _query_options(launch: dict[str, Any]) -> list[triton.Config]:
     """For dq; best guesses first, by the dims and the bytes of an element."""
     if INTERPRETED:
-        return [_config(32, 16, 4, 1)]
+        return [_config(32, 32, 4, 1)]
     width = max(launch["BLOCK_D"], launch["BLOCK_V"])
     if launch["BYTES"] > 2:
         return [_config(32, 32, 4, 1)]
@@ -51,7 +61,7 @@ def _query_options(launch: dict[str, Any]) -> list[triton.Config]:
 def _key_options(launch: dict[str, Any]) -> list[triton.Config]:
     """For dk and dv; KEYS is a multiple of PLAN_KEYS."""
     if INTERPRETED:
-        return [_config(16, 64, 4, 1)]
+        return [_config(32, 64, 4, 1)]
     width = max(launch["BLOCK_D"], launch["BLOCK_V"])
     if launch["BYTES"] > 2:
         return [_config(32, 32, 4, 1)]
@@ -75,15 +85,14 @@ def backward(
 ) -> Gradients:
     """Gradients in fp32; see `attend_backward`."""
     bias = scoring.key_bias_SH
-    wide = torch.float32
     if reach.empty:
-        zeros = [torch.zeros_like(x, dtype=wide) for x in (q_THD, k_SGD, v_SGV)]
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        zeros = [torch.zeros_like(x, dtype=torch.float32) for x in (q_THD, k_SGD, v_SGV)]
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         return Gradients(*zeros, dkey_bias_SH=dbias)
     q, k, v, dout = (dense_rows(x) for x in (q_THD, k_SGD, v_SGV, dout_THV))
     (rows, heads, _), (keys, groups, _) = q.shape, k.shape
-    dq, dk, dv = (x.new_empty(x.shape, dtype=wide) for x in (q, k, v))
-    dbias = None if bias is None else bias.new_empty(bias.shape, dtype=wide)
+    dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
+    dbias = None if bias is None else bias.new_empty(bias.shape, dtype=torch.float32)
     first, last = reach.first.on(q.device), reach.last.on(q.device)
     row_terms = _row_terms(dout, out_THV, lse_TH, dlse_TH, first, last)
     inputs = (q, k, v, bias, dout, *row_terms, first, last)
@@ -130,7 +139,7 @@ def _row_kernel(
     dout_row, dout_head, out_row, out_head, rows,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, DLSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The lse in units of logits, and delta = dout . out - dlse.
+    """The lse in the units of logits, and delta = dout . out - dlse.
 
     Rows that see nothing get an lse of +inf, so that all their weights are 0 without a mask.
     """
@@ -191,36 +200,36 @@ def _query_kernel(
     for step in range(inside):
         dq_MD = _query_step(
             dq_MD, q_MD, dout_MV, level_M, delta_M, k, v, bias, low + (left + step) * KEYS,
-            first_M, last_M, k_row, v_row, bias_row, keys, scale, softcap,
+            first_M, last_M, k_row, v_row, bias_row, high, scale, softcap,
             DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, KEYS, EDGE=False,
         )  # fmt: skip
     for step in range(tiles - inside):
         tile = tl.where(step < left, step, step + inside)
         dq_MD = _query_step(
             dq_MD, q_MD, dout_MV, level_M, delta_M, k, v, bias, low + tile * KEYS,
-            first_M, last_M, k_row, v_row, bias_row, keys, scale, softcap,
+            first_M, last_M, k_row, v_row, bias_row, high, scale, softcap,
             DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, KEYS, EDGE=True,
         )  # fmt: skip
     dq += head.to(tl.int64) * DIM
     dq_row = tl.num_programs(1) * DIM
-    store(dq, start, dq_row, rows, dq_MD * scale, ROWS, DIM, BLOCK_D)
+    store_tile(dq, start, dq_row, rows, dq_MD * scale, ROWS, DIM, BLOCK_D)
 
 
 @triton.jit
 def _query_step(
     dq_MD, q_MD, dout_MV, level_M, delta_M, k, v, bias, start, first_M, last_M,
-    k_row, v_row, bias_row, keys, scale, softcap,
+    k_row, v_row, bias_row, stop, scale, softcap,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """dq / scale with the share of the keys from `start` on."""
     key_N = start + tl.arange(0, KEYS)
-    k_ND = load_tile(k, start, k_row, keys, KEYS, DIM, BLOCK_D, EDGE)
-    v_NV = load_tile(v, start, v_row, keys, KEYS, VALUE_DIM, BLOCK_V, EDGE)
+    k_ND = load_tile(k, start, k_row, stop, KEYS, DIM, BLOCK_D, EDGE)
+    v_NV = load_tile(v, start, v_row, stop, KEYS, VALUE_DIM, BLOCK_V, EDGE)
     logits_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
     biased_MN = logits_MN
     if BIAS:
-        bias_N = tl.load(bias + key_N.to(tl.int64) * bias_row, mask=key_N < keys, other=0.0)
+        bias_N = tl.load(bias + key_N.to(tl.int64) * bias_row, mask=key_N < stop, other=0.0)
         biased_MN += bias_N.to(tl.float32)[None, :] * LOG2E
     weights_MN = tl.exp2(biased_MN - level_M[:, None])
     if EDGE:
@@ -240,7 +249,8 @@ def _key_kernel(
     rows, keys, scale, softcap, row_class, key_class,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr, BYTES: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
-    PLAIN: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PLAIN: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and the gradient of the biases, over the rows that the plan names."""
     start = tl.program_id(0) * KEYS
@@ -260,13 +270,13 @@ def _key_kernel(
         bias_N = tl.zeros([KEYS], dtype=tl.float32)
         if BIAS:
             at_N = bias + head * bias_head + key_N.to(tl.int64) * bias_row
-            bias_N = tl.load(at_N, mask=key_N < keys, other=0.0).to(tl.float32) * LOG2E
+            bias_N = tl.load(at_N, mask=key_N < keys, other=0.0).to(tl.float32)
         dbias_N = tl.zeros([KEYS], dtype=tl.float32)
         for step in range(inside):
             dk_ND, dv_NV, dbias_N = _key_step(
                 dk_ND, dv_NV, dbias_N, k_ND, v_NV, bias_N, key_N, low + (left + step) * ROWS,
                 q + head * q_head, dout + head * dout_head, level + head * rows,
-                delta + head * rows, first, last, q_row, dout_row, rows, scale, softcap,
+                delta + head * rows, first, last, q_row, dout_row, high, scale, softcap,
                 DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, ROWS, EDGE=False,
             )  # fmt: skip
         for step in range(tiles - inside):
@@ -274,7 +284,7 @@ def _key_kernel(
             dk_ND, dv_NV, dbias_N = _key_step(
                 dk_ND, dv_NV, dbias_N, k_ND, v_NV, bias_N, key_N, low + tile * ROWS,
                 q + head * q_head, dout + head * dout_head, level + head * rows,
-                delta + head * rows, first, last, q_row, dout_row, rows, scale, softcap,
+                delta + head * rows, first, last, q_row, dout_row, high, scale, softcap,
                 DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, ROWS, EDGE=True,
             )  # fmt: skip
         if BIAS:
@@ -283,8 +293,8 @@ def _key_kernel(
     dk += group.to(tl.int64) * DIM
     dv += group.to(tl.int64) * VALUE_DIM
     groups = tl.num_programs(1)
-    store(dk, start, groups * DIM, keys, dk_ND * scale, KEYS, DIM, BLOCK_D)
-    store(dv, start, groups * VALUE_DIM, keys, dv_NV, KEYS, VALUE_DIM, BLOCK_V)
+    store_tile(dk, start, groups * DIM, keys, dk_ND * scale, KEYS, DIM, BLOCK_D)
+    store_tile(dv, start, groups * VALUE_DIM, keys, dv_NV, KEYS, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit
@@ -303,20 +313,20 @@ def _planned(plan, keys, PLAN: tl.constexpr, KEYS: tl.constexpr):
 @triton.jit
 def _key_step(
     dk_ND, dv_NV, dbias_N, k_ND, v_NV, bias_N, key_N, start,
-    q, dout, level, delta, first, last, q_row, dout_row, rows, scale, softcap,
+    q, dout, level, delta, first, last, q_row, dout_row, stop, scale, softcap,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """dk / scale, dv and dbias with the share of one head's rows from `start` on."""
     row_M = start + tl.arange(0, ROWS)
-    inside_M = row_M < rows
-    q_MD = load_tile(q, start, q_row, rows, ROWS, DIM, BLOCK_D, EDGE)
-    dout_MV = load_tile(dout, start, dout_row, rows, ROWS, VALUE_DIM, BLOCK_V, EDGE)
+    inside_M = row_M < stop
+    q_MD = load_tile(q, start, q_row, stop, ROWS, DIM, BLOCK_D, EDGE)
+    dout_MV = load_tile(dout, start, dout_row, stop, ROWS, VALUE_DIM, BLOCK_V, EDGE)
     dout_MV = narrow(dout_MV, v_NV.dtype)
     level_M = tl.load(level + row_M, mask=inside_M, other=float("inf"))
     delta_M = tl.load(delta + row_M, mask=inside_M, other=0.0)
     logits_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
-    weights_NM = tl.exp2(logits_NM + bias_N[:, None] - level_M[None, :])
+    weights_NM = tl.exp2(logits_NM + bias_N[:, None] * LOG2E - level_M[None, :])
     if EDGE:
         first_M = tl.load(first + row_M, mask=inside_M, other=0)
         last_M = tl.load(last + row_M, mask=inside_M, other=0)
@@ -324,6 +334,8 @@ def _key_step(
         weights_NM = tl.where(visible_NM, weights_NM, 0.0)
     dv_NV = dot(narrow(weights_NM, dout_MV.dtype), dout_MV, dv_NV)
     dscores_NM = weights_NM * (product(v_NV, tl.trans(dout_MV)) - delta_M[None, :])
+    if EDGE:  # Keys that no row sees may hold anything, NaN too.
+        dscores_NM = tl.where(visible_NM, dscores_NM, 0.0)
     if BIAS:
         dbias_N += tl.sum(dscores_NM, 1)
     if CAP:

@@ -22,15 +22,24 @@ from torch import Tensor
 from ..reach import Reach
 from ..scoring import Scoring
 from .launch import constants, dense_rows, scalars
-from .steps import LOG2E, absorb, finish, key_range, load_tile, logits_of, product, split
-from .steps import store_tile as store
+from .steps import (
+    LOG2E,
+    absorb,
+    finish,
+    key_range,
+    load_tile,
+    logits_of,
+    product,
+    split,
+    store_tile,
+)
 from .tuning import INTERPRETED, autotuned, size_class
 
 
 def _options(launch: dict[str, Any]) -> list[triton.Config]:
     """Best guesses first, by the dims and the bytes of an element."""
     if INTERPRETED:
-        return [_config(32, 16, 4, 1)]
+        return [_config(32, 32, 4, 1)]
     width = max(launch["BLOCK_D"], launch["BLOCK_V"])
     if launch["BYTES"] > 2:
         rows = 64 if width <= 128 else 32
@@ -105,21 +114,21 @@ def _forward_kernel(
     for step in range(inside):
         acc_MV, sum_M, peak_M = _step(
             acc_MV, sum_M, peak_M, q_MD, k, v, bias, low + (left + step) * KEYS, first_M, last_M,
-            k_row, v_row, bias_row, keys, scale, softcap,
+            k_row, v_row, bias_row, high, scale, softcap,
             DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, PLAIN, KEYS, EDGE=False,
         )  # fmt: skip
     for step in range(tiles - inside):
         tile = tl.where(step < left, step, step + inside)
         acc_MV, sum_M, peak_M = _step(
             acc_MV, sum_M, peak_M, q_MD, k, v, bias, low + tile * KEYS, first_M, last_M,
-            k_row, v_row, bias_row, keys, scale, softcap,
+            k_row, v_row, bias_row, high, scale, softcap,
             DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, PLAIN, KEYS, EDGE=True,
         )  # fmt: skip
 
     # Tiles without a mask ask only rows that see something.
     out_MV, lse_M = finish(acc_MV, tl.where(first_M < last_M, sum_M, 0.0), peak_M)
-    store(out + head.to(tl.int64) * out_head, start, out_row, rows, out_MV,
-          ROWS, VALUE_DIM, BLOCK_V)  # fmt: skip
+    out += head.to(tl.int64) * out_head
+    store_tile(out, start, out_row, rows, out_MV, ROWS, VALUE_DIM, BLOCK_V)
     at_M = lse + row_M.to(tl.int64) * tl.num_programs(1) + head
     tl.store(at_M, lse_M, mask=row_M < rows)
 
@@ -127,24 +136,24 @@ def _forward_kernel(
 @triton.jit
 def _step(
     acc_MV, sum_M, peak_M, q_MD, k, v, bias, start, first_M, last_M,
-    k_row, v_row, bias_row, keys, scale, softcap,
+    k_row, v_row, bias_row, stop, scale, softcap,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr, KEYS: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
     """The softmax goes on over the keys from `start` on."""
     key_N = start + tl.arange(0, KEYS)
-    k_ND = load_tile(k, start, k_row, keys, KEYS, DIM, BLOCK_D, EDGE)
+    k_ND = load_tile(k, start, k_row, stop, KEYS, DIM, BLOCK_D, EDGE)
     logits_MN = product(q_MD, tl.trans(k_ND))
     if not PLAIN:
         logits_MN = logits_of(logits_MN, scale, softcap, CAP)
     if BIAS:
-        bias_N = tl.load(bias + key_N.to(tl.int64) * bias_row, mask=key_N < keys, other=0.0)
+        bias_N = tl.load(bias + key_N.to(tl.int64) * bias_row, mask=key_N < stop, other=0.0)
         logits_MN += bias_N.to(tl.float32)[None, :] * LOG2E
     if EDGE:
         visible_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] < last_M[:, None])
         logits_MN = tl.where(visible_MN, logits_MN, float("-inf"))
-    v_NV = load_tile(v, start, v_row, keys, KEYS, VALUE_DIM, BLOCK_V, EDGE)
+    v_NV = load_tile(v, start, v_row, stop, KEYS, VALUE_DIM, BLOCK_V, EDGE)
     unit = 1.0
     if PLAIN:
         unit = scale * LOG2E
