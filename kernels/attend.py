@@ -108,7 +108,8 @@ def attend_backward(
         ValueError: Shapes, dtypes, devices or counts that contradict each other.
     """
     scoring = Scoring(scale, softcap, key_bias_SH)
-    request = Request.of(q_THD, k_SGD, v_SGV, reach, blocks, scoring)
+    dlse = dlse_TH is not None
+    request = Request.of(q_THD, k_SGD, v_SGV, reach, blocks, scoring, dlse)
     grads = choose(request).backward(
         dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, dlse_TH, reach, blocks, scoring
     )

@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from .request import Request
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Backend:
 
 
 TABLE = (
+    Backend("cudnn", "cuDNN through PyTorch", ".library.cudnn", None, frozenset()),
+    Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset()),
     Backend("triton", "own Triton kernels", ".triton.backend", "triton", frozenset()),
     Backend("eager", "PyTorch's own operators", ".eager.backend", None, frozenset({"cpu", "cuda"})),
 )
@@ -74,7 +78,8 @@ def choose(request: Request) -> Any:
     """The module that serves a request; the choice and its reason are logged once.
 
     Raises:
-        ValueError: The backend asked for by name does not exist or cannot serve the request.
+        ValueError: The backend asked for by name does not exist or cannot serve the request, or
+            none can.
     """
     name = _asked.get() or os.environ.get(OVERRIDE)
     if name is not None:
@@ -89,7 +94,22 @@ def choose(request: Request) -> Any:
             _log_once(backend.name, request.device.type, "; ".join(passed))
             return backend.load()
         passed.append(f"{backend.name}: {reason}")
-    raise AssertionError("the eager backend serves everything")
+    devices = sorted(set[str]().union(*(backend.proven for backend in TABLE)))
+    raise ValueError(
+        f"no attention backend serves {request.dtype} on {request.device}; nearest are the "
+        f"devices {' and '.join(devices)} ({'; '.join(passed)})"
+    )
+
+
+def pooled_scorer(device: torch.device) -> Any:
+    """The class that scores pooled keys for a selection: of the backend asked for, or eager's.
+
+    Triton's is asked for by name until its tests have passed on real hardware.
+    """
+    name = _asked.get() or os.environ.get(OVERRIDE)
+    package = ".triton" if name == "triton" else ".eager"
+    _log_once(package[1:], device.type, "scores of a selection")
+    return import_module(package + ".pooled_scores", __package__).Scorer
 
 
 def standing(device: str) -> Iterator[tuple[str, str, str]]:

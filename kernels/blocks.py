@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .cuda.invert import fits, invert
+from .cuda.standing import serves
 from .grid import Grid
 from .mirror import Mirror
 
@@ -61,11 +63,13 @@ class Blocks:
             )
         if check and ids_QCN.numel() and int(ids_QCN.max()) >= len(grid):
             raise ValueError(f"block {int(ids_QCN.max())} is not in a grid of {len(grid)} blocks")
+        starts = None if query_starts is None else torch.as_tensor(query_starts, dtype=torch.int64)
+        if starts is not None and len(starts) != len(ids_QCN) + 1:
+            raise ValueError(f"{len(ids_QCN)} lists of blocks for {len(starts) - 1} query groups")
         ids = ids_QCN.int().sort(dim=-1).values
         ids = ids.masked_fill(ids < 0, -1)
         twice = torch.zeros_like(ids, dtype=torch.bool)
         twice[..., 1:] = ids[..., 1:] == ids[..., :-1]
-        starts = None if query_starts is None else torch.as_tensor(query_starts, dtype=torch.int64)
         return cls(ids.masked_fill(twice, -1), grid, starts)
 
     def keys(self, index_S: Tensor) -> Blocks:
@@ -127,7 +131,7 @@ class Inverse:
         order_P: Where each of these choices is in ids_QCN, flattened; int32 if it can be.
         starts_CB1: Where each block's groups begin, int64 [C * B + 1]: those that chose block b
             with block head c are at starts[c * B + b] to starts[c * B + b + 1]. Choices of nothing
-            come after all others.
+            come after all others, by block head.
     """
 
     groups_P: Tensor
@@ -143,11 +147,21 @@ class Inverse:
             heads: How many block heads to tell apart; see `Blocks.inverse_over`.
         """
         ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
+<<<<<<< HEAD
         _, block_heads, width = ids_QCN.shape
         assert block_heads % heads == 0, (block_heads, heads)
         head_C1 = torch.arange(block_heads, device=ids_QCN.device)[:, None]
         key_QCN = ids_QCN + head_C1 // (block_heads // heads) * count
         key_QCN = key_QCN.masked_fill(ids_QCN < 0, heads * count)
+=======
+        if serves("invert", ids_QCN) and fits(ids_QCN, count):
+            _, groups_P, starts_CB1 = invert(ids_QCN, count)
+            return cls(groups_P, starts_CB1)
+        _, heads, width = ids_QCN.shape
+        head_C1 = torch.arange(heads, device=ids_QCN.device)[:, None]
+        key_QCN = ids_QCN + head_C1 * count
+        key_QCN = torch.where(ids_QCN < 0, heads * count + head_C1, key_QCN)
+>>>>>>> main
         sorted_P, order_P = key_QCN.flatten().sort(stable=True)
         edges = torch.arange(heads * count + 1, device=ids_QCN.device)
         starts = torch.searchsorted(sorted_P, edges)

@@ -37,7 +37,7 @@ class Grid:
         if starts.dtype != torch.int64 or starts.device.type != "cpu" or starts.ndim != 1:
             raise ValueError(f"grid boundaries must be int64 [B + 1] on the host, not {starts}")
         if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-            raise ValueError(f"grid boundaries must ascend from 0, not {starts.tolist()[:20]}")
+            raise ValueError(f"boundaries must ascend from 0, not {starts.tolist()[:20]}")
 
     @classmethod
     def documents(cls, cu_seqlens: Tensor | Sequence[int], size: int) -> Grid:
@@ -48,6 +48,8 @@ class Grid:
             size: Tokens in a block, at least 1.
         """
         cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
+        if not len(cu) or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0, not {cu.tolist()[:20]}")
         if size < 1:
             raise ValueError(f"a block holds at least 1 key, not {size}")
         counts = -(-cu.diff() // size)

@@ -38,8 +38,10 @@ class Reach:
 
     def __post_init__(self) -> None:
         for bound in (self.first_T, self.last_T):
-            assert bound.dtype == torch.int64 and bound.device.type == "cpu", bound
-            assert bound.shape == (len(self.first_T),), bound.shape
+            if bound.dtype != torch.int64 or bound.device.type != "cpu":
+                raise ValueError(f"bounds of a reach must be int64 on the host, not {bound}")
+            if bound.shape != (len(self.first_T),):
+                raise ValueError(f"bounds of a reach must be [T], not {list(bound.shape)}")
 
     @classmethod
     def documents(cls, cu_seqlens: Tensor | Sequence[int], window: int | None = None) -> Reach:
@@ -48,10 +50,15 @@ class Reach:
         Args:
             cu_seqlens: Boundaries of the documents, ascending from 0, on the host.
             window: Visible tokens, the query's own included (at least 1); None for all.
+
+        Raises:
+            ValueError: Boundaries that do not ascend from 0, or a window below 1.
         """
         cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
-        assert cu.device.type == "cpu" and int(cu[0]) == 0, cu
-        assert window is None or window >= 1, window
+        if not len(cu) or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0, not {cu.tolist()[:20]}")
+        if window is not None and window < 1:
+            raise ValueError(f"a window holds at least the query's own token, not {window}")
         position_T = torch.arange(int(cu[-1]))
         first_T = torch.repeat_interleave(cu[:-1], cu.diff())
         if window is not None:
@@ -87,6 +94,11 @@ class Reach:
     def empty(self) -> bool:
         """Whether no row sees anything."""
         return not bool((self.first_T < self.last_T).any())
+
+    @cached_property
+    def stop(self) -> int:
+        """One past the last key that any row sees."""
+        return 0 if self.empty else int(self.last_T[self.first_T < self.last_T].max())
 
     @cached_property
     def span(self) -> tuple[int, int]:

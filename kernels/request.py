@@ -5,6 +5,7 @@ Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V val
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from .blocks import Blocks
 from .reach import Reach
 from .scoring import Scoring
+
+DEBUG = "LONGSPAN_DEBUG"
+"""Environment variable that has every call look at its numbers, which waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Request:
         reach: The keys that each query sees.
         blocks: The blocks that each query chose, if the call has any.
         scoring: How products become scores.
+        dlse: Whether a backward is asked for with a gradient of the lse.
     """
 
     device: torch.device
@@ -40,6 +45,7 @@ class Request:
     reach: Reach
     blocks: Blocks | None
     scoring: Scoring
+    dlse: bool = False
 
     @classmethod
     def of(
@@ -50,16 +56,21 @@ class Request:
         reach: Reach,
         blocks: Blocks | None,
         scoring: Scoring,
+        dlse: bool = False,
     ) -> Request:
         """The request of a call, checked.
 
         Raises:
-            ValueError: Shapes, dtypes, devices or counts that contradict each other.
+            ValueError: Shapes, dtypes, devices or counts that contradict each other; with
+                LONGSPAN_DEBUG set also NaN inputs and blocks that are not in the grid.
         """
         _check_tensors(q_THD, k_SGD, v_SGV)
         _check_choices(q_THD, k_SGD, reach, blocks, scoring)
+        if os.environ.get(DEBUG):
+            _check_numbers({"q": q_THD, "k": k_SGD, "v": v_SGV}, blocks)
         heads, groups, dims = q_THD.shape[1], k_SGD.shape[1], (q_THD.shape[2], v_SGV.shape[2])
-        return cls(q_THD.device, q_THD.dtype, heads, groups, *dims, reach, blocks, scoring)
+        kind = q_THD.device, q_THD.dtype, heads, groups, *dims
+        return cls(*kind, reach, blocks, scoring, dlse)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -86,6 +97,10 @@ def _check_choices(
 ) -> None:
     if len(q) != len(reach):
         raise ValueError(f"{len(q)} query rows, but a reach of {len(reach)}")
+    if reach.stop > len(k):
+        raise ValueError(f"{len(k)} keys, but a reach up to key {reach.stop}")
+    if scoring.softcap is not None and not scoring.softcap > 0:
+        raise ValueError(f"the soft cap must be above 0, not {scoring.softcap}")
     bias = scoring.key_bias_SH
     if bias is not None and bias.shape != (len(k), q.shape[1]):
         raise ValueError(f"the keys' biases must be [S, H] = [{len(k)}, {q.shape[1]}], "
@@ -102,3 +117,15 @@ def _check_choices(
         raise ValueError(f"queries are on {q.device}, their blocks on {blocks.ids_QCN.device}")
     if int(blocks.grid.starts_B1[-1]) > len(k):
         raise ValueError(f"{len(k)} keys, but a grid of {int(blocks.grid.starts_B1[-1])}")
+
+
+def _check_numbers(tensors: dict[str, Tensor], blocks: Blocks | None) -> None:
+    for name, x in tensors.items():
+        bad = x.isnan().nonzero()
+        if len(bad):
+            raise ValueError(f"{name} {list(x.shape)} has {len(bad)} NaN, the first at "
+                             f"{bad[0].tolist()}")  # fmt: skip
+    if blocks is not None and blocks.ids_QCN.numel():
+        highest = int(blocks.ids_QCN.max())
+        if highest >= len(blocks.grid):
+            raise ValueError(f"block {highest} is not in a grid of {len(blocks.grid)} blocks")

@@ -1,4 +1,4 @@
-"""The wheel holds every folder of the package, the recipes and the licence, and nothing else."""
+"""The wheel holds every folder of the package, recipes, CUDA sources, the licence, no more."""
 
 import shutil
 import subprocess
@@ -36,10 +36,13 @@ def test_every_source_is_in_the_wheel(wheel):
     assert len({name.rpartition("/")[0] for name in expected}) >= 9
 
 
-def test_recipes_licence_and_command_are_in_the_wheel(wheel):
+def test_recipes_cuda_sources_licence_and_command_are_in_the_wheel(wheel):
     recipes = {f"longspan/recipes/library/{file.name}" for file in ROOT.glob("recipes/library/*")}
     assert "longspan/recipes/library/quickstart.yaml" in recipes
     assert recipes <= wheel
+    cuda = {f"longspan/kernels/cuda/{file.name}" for file in ROOT.glob("kernels/cuda/*.cu")}
+    assert len(cuda) == 3
+    assert cuda <= wheel
     info = f"longspan-{longspan.__version__}.dist-info"
     assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= wheel
 

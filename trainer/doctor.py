@@ -99,9 +99,12 @@ def _attention() -> Iterator[Row]:
     import torch
 
     from ..kernels.backends import standing
+    from ..kernels.cuda.standing import standing as cuda_standing
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield from standing(device)
+    if device == "cuda":
+        yield from cuda_standing()
 
 
 def _packages() -> Iterator[Row]:

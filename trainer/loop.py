@@ -11,12 +11,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..cache import default_cache
 from . import checkpoints
 from .checkpoints import Cursor
 from .context_proof import context_proof
 from .convert.companions import keep_companions
 from .convert.weights import FolderWeights
-from .data.cache import default_cache
 from .data.corpus import Corpus, prepare_corpus
 from .data.packing import Packing
 from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples

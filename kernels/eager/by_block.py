@@ -1,51 +1,52 @@
 """Attention over chosen blocks, key block by key block: the rows that chose it are gathered.
 
-Cost grows with visible pairs, and every product is a large one. Each partial result is merged into
-its rows by lse, in ascending order of the blocks: deterministic.
-Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V value dim, M rows of
-one visit, R query heads of one block head.
+Cost grows with visible pairs, and every product is a large one. Blocks are taken in ascending
+order and each row is brought up to date by each of its blocks: deterministic.
+Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V value dim; M rows of
+one visit, C block heads with r query heads each, g key-value heads of a block head, R = r / g,
+X = M * R, B keys of the block.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..blocks import Blocks
-from ..merge import merge
 from ..reach import Reach
 from ..scoring import Gradients, Scoring
-from . import cpu, plain
-from .dense import delta, ready, uses_flash
+from .dense import delta, ready
 from .visits import Visit, visits
+
+# Rows times heads of one visit.
+MAX_ROWS = 8192
 
 
 def forward(
     q_THD: Tensor, k_SGD: Tensor, v_SGV: Tensor, reach: Reach, blocks: Blocks, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, V] and lse [T, H], both in the dtype of the accumulators."""
-    flash = uses_flash(q_THD, scoring)
-    width = max(q_THD.shape[2], v_SGV.shape[2]) if flash else 0
-    q, k, v = (ready(x, width) for x in (q_THD, k_SGD, v_SGV))
-    out_THW = q.new_zeros(*q.shape[:2], v.shape[2])
-    lse_TH = q.new_full(q.shape[:2], float("-inf"))
-    for visit in visits(reach, blocks, q):
-        heads, groups = _heads(visit, blocks, q.shape[1], k.shape[1])
-        rows, keys = visit.rows_M, visit.keys
-        inputs = q[:, heads].index_select(0, rows), k[keys, groups], v[keys, groups]
-        if flash:
-            how = {"causal": False, "mask_TS": visit.mask_MS, "scale": scoring.scale}
-            part = cpu.forward(*inputs, **how)
-        else:
-            here = _at(scoring, keys, heads)
-            part = plain.forward(*inputs, causal=False, mask_TS=visit.mask_MS, scoring=here)
-        out_rows, lse_rows = out_THW[:, heads], lse_TH[:, heads]
-        before = out_rows.index_select(0, rows), lse_rows.index_select(0, rows)
-        for total, after in zip((out_rows, lse_rows), merge(*before, *part), strict=True):
-            total.index_copy_(0, rows, after)
-    return out_THW[..., : v_SGV.shape[2]], lse_TH
+    k, v, count = ready(k_SGD), ready(v_SGV), blocks.ids_QCN.shape[1]
+    q_CTrD = _by_head(ready(q_THD) * scoring.scale, count)
+    sums_CTrV = q_CTrD.new_zeros(*q_CTrD.shape[:3], v.shape[2])
+    # Sums are relative to the largest score so far.
+    total_CTr = q_CTrD.new_zeros(q_CTrD.shape[:3])
+    top_CTr = torch.full_like(total_CTr, float("-inf"))
+    for visit in visits(reach, blocks, q_CTrD, _most_rows(q_CTrD)):
+        at = _Rows(visit, count, k.shape[1])
+        k_gBD, v_gBV = at.keys(k), at.keys(v)
+        scores_gXB, _ = _scores(at.rows(q_CTrD), k_gBD, visit, at, scoring)
+        before_gX = at.rows(top_CTr)
+        top_gX = torch.maximum(before_gX, scores_gXB.amax(-1))
+        weights_gXB = scores_gXB.sub_(top_gX.unsqueeze(-1)).exp_()
+        fade_gX = before_gX.sub_(top_gX).exp_()
+        sums_gXV = at.rows(sums_CTrV).mul_(fade_gX.unsqueeze(-1))
+        at.put(sums_CTrV, sums_gXV.baddbmm_(weights_gXB, v_gBV))
+        at.put(total_CTr, at.rows(total_CTr).mul_(fade_gX).add_(weights_gXB.sum(-1)))
+        at.put(top_CTr, top_gX)
+    lse_TH = _by_row(top_CTr + total_CTr.log())
+    total_CTr.masked_fill_(total_CTr == 0, 1.0)
+    return _by_row(sums_CTrV.div_(total_CTr.unsqueeze(-1))), lse_TH
 
 
 def backward(
@@ -61,42 +62,91 @@ def backward(
     scoring: Scoring,
 ) -> Gradients:
     """Gradients in the dtype of the accumulators; see `attend_backward`."""
-    q, k, v, dout, out = (ready(x) for x in (q_THD, k_SGD, v_SGV, dout_THV, out_THV))
-    delta_TH, lse_TH = delta(dout, out, dlse_TH), lse_TH.to(q.dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    k, v, dout, count = ready(k_SGD), ready(v_SGV), ready(dout_THV), blocks.ids_QCN.shape[1]
+    delta_CTr = _by_head(delta(dout, ready(out_THV), dlse_TH), count)
+    q_CTrD = _by_head(ready(q_THD) * scoring.scale, count)
+    dout_CTrV, lse_CTr = _by_head(dout, count), _by_head(lse_TH.to(k.dtype), count)
+    dq_CTrD, dk, dv = torch.zeros_like(q_CTrD), torch.zeros_like(k), torch.zeros_like(v)
     bias_SH = scoring.key_bias_SH
-    dbias = None if bias_SH is None else q.new_zeros(bias_SH.shape)
-    for visit in visits(reach, blocks, q):
-        heads, groups = _heads(visit, blocks, q.shape[1], k.shape[1])
-        rows, keys = visit.rows_M, visit.keys
-        dout_M, q_M, delta_M, lse_M = (
-            x[:, heads].index_select(0, rows) for x in (dout, q, delta_TH, lse_TH)
-        )
-        dq_M, dk_keys, dv_keys, dbias_keys = plain.backward(
-            dout_M, q_M, k[keys, groups], v[keys, groups], delta_M, lse_M,
-            causal=False, mask_TS=visit.mask_MS, scoring=_at(scoring, keys, heads),
-        )  # fmt: skip
-        dq_rows = dq[:, heads]
-        dq_rows.index_copy_(0, rows, dq_rows.index_select(0, rows).add_(dq_M))
-        dk[keys, groups] += dk_keys
-        dv[keys, groups] += dv_keys
-        if dbias is not None and dbias_keys is not None:
-            dbias[keys, heads] += dbias_keys
-    return Gradients(dq, dk, dv, dkey_bias_SH=dbias)
+    dbias = None if bias_SH is None else k.new_zeros(bias_SH.shape)
+    for visit in visits(reach, blocks, q_CTrD, _most_rows(q_CTrD)):
+        at = _Rows(visit, count, k.shape[1])
+        k_gBD, v_gBV, q_gXD, dout_gXV = at.keys(k), at.keys(v), at.rows(q_CTrD), at.rows(dout_CTrV)
+        scores_gXB, slope_gXB = _scores(q_gXD, k_gBD, visit, at, scoring)
+        weights_gXB = scores_gXB.sub_(at.rows(lse_CTr).unsqueeze(-1)).exp_()
+        dv[visit.keys, at.groups] += (weights_gXB.mT @ dout_gXV).transpose(0, 1)
+        dscores_gXB = (dout_gXV @ v_gBV.mT).sub_(at.rows(delta_CTr).unsqueeze(-1))
+        dscores_gXB.mul_(weights_gXB)
+        if dbias is not None:
+            per_head_gRB = dscores_gXB.unflatten(1, (len(visit.rows_M), -1)).sum(1)
+            heads = at.heads(dbias.shape[1])
+            dbias[visit.keys, heads] += per_head_gRB.flatten(0, 1).T
+        if slope_gXB is not None:
+            dscores_gXB.mul_(slope_gXB)
+        dk[visit.keys, at.groups] += (dscores_gXB.mT @ q_gXD).transpose(0, 1)
+        at.put(dq_CTrD, at.rows(dq_CTrD).baddbmm_(dscores_gXB, k_gBD))
+    return Gradients(_by_row(dq_CTrD.mul_(scoring.scale)), dk, dv, dkey_bias_SH=dbias)
 
 
-def _heads(visit: Visit, blocks: Blocks, heads: int, groups: int) -> tuple[slice, slice]:
-    """The query heads and the key-value heads of a visit's block head."""
-    at, count = visit.block_head, blocks.ids_QCN.shape[1]
-    first = at * groups // count
-    return (
-        slice(at * heads // count, (at + 1) * heads // count),
-        slice(first, first + max(1, groups // count)),
-    )
+def _most_rows(q_CTrD: Tensor) -> int:
+    return max(1, MAX_ROWS // q_CTrD.shape[2])
 
 
-def _at(scoring: Scoring, keys: slice, heads: slice) -> Scoring:
-    """The scoring of some keys and query heads."""
-    if scoring.key_bias_SH is None:
-        return scoring
-    return replace(scoring, key_bias_SH=scoring.key_bias_SH[keys, heads])
+class _Rows:
+    """The rows of a visit, and the heads of its block head."""
+
+    def __init__(self, visit: Visit, count: int, groups: int) -> None:
+        self.visit, self.count = visit, count
+        first = visit.block_head * groups // count
+        self.groups = slice(first, first + max(1, groups // count))
+
+    def heads(self, heads: int) -> slice:
+        """The query heads of the block head."""
+        at = self.visit.block_head
+        return slice(at * heads // self.count, (at + 1) * heads // self.count)
+
+    def keys(self, x_SGD: Tensor) -> Tensor:
+        """The block's keys or values, [g, B, D]."""
+        return x_SGD[self.visit.keys, self.groups].transpose(0, 1)
+
+    def rows(self, x_CTr: Tensor) -> Tensor:
+        """A copy of the visit's rows, [g, X, ...]; free to write to."""
+        x_Mr = x_CTr[self.visit.block_head].index_select(0, self.visit.rows_M)
+        groups = self.groups.stop - self.groups.start
+        return x_Mr.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+    def put(self, x_CTr: Tensor, part_gX: Tensor) -> None:
+        """Writes the visit's rows back."""
+        part_gMR = part_gX.unflatten(1, (len(self.visit.rows_M), -1))
+        part_Mr = part_gMR.transpose(0, 1).flatten(1, 2)
+        x_CTr[self.visit.block_head].index_copy_(0, self.visit.rows_M, part_Mr)
+
+
+def _by_head(x_TH: Tensor, count: int) -> Tensor:
+    """Rows of each block head side by side in memory, [C, T, r, ...]: to be gathered often."""
+    return x_TH.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
+
+
+def _by_row(x_CTr: Tensor) -> Tensor:
+    """The inverse of `_by_head`."""
+    return x_CTr.transpose(0, 1).flatten(1, 2)
+
+
+def _scores(
+    q_gXD: Tensor, k_gBD: Tensor, visit: Visit, at: _Rows, scoring: Scoring
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [g, X, B] of scaled queries, masked, and the slope of the cap (None without)."""
+    scores_gXB = q_gXD @ k_gBD.mT
+    slope_gXB = None
+    if scoring.softcap is not None:
+        scores_gXB.div_(scoring.softcap).tanh_()
+        slope_gXB = 1 - scores_gXB.square()
+        scores_gXB.mul_(scoring.softcap)
+    scores_gMRB = scores_gXB.unflatten(1, (len(visit.rows_M), -1))
+    bias_SH = scoring.key_bias_SH
+    if bias_SH is not None:
+        bias_HB = bias_SH[visit.keys, at.heads(bias_SH.shape[1])].T.to(scores_gXB.dtype)
+        scores_gMRB += bias_HB.unflatten(0, (len(scores_gXB), 1, -1))
+    if len(visit.mask_LS):
+        scores_gMRB[:, : len(visit.mask_LS)] += visit.mask_LS[:, None]
+    return scores_gXB, slope_gXB

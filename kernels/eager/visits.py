@@ -1,13 +1,12 @@
 """Visits: the choices of `Blocks`, key block by key block, as pieces over gathered rows.
 
-Shapes: T query rows, B blocks of the grid, C block heads, P choices.
+Shapes: T query rows, B blocks of the grid, C block heads, P choices; M rows of a visit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,20 +20,20 @@ class Visit:
     """The rows that chose one block and see it.
 
     Attributes:
-        rows_M: Their numbers, ascending.
+        rows_M: Their numbers; first those that see only a part of the block.
         keys: The block's keys.
         block_head: Which of the block heads.
-        mask_MS: Added to the scores: 0 where visible, -inf elsewhere; None where all is visible.
+        mask_LS: Added to the scores of the first L rows: 0 where visible, -inf elsewhere.
     """
 
     rows_M: Tensor
     keys: slice
     block_head: int
-    mask_MS: Tensor | None
+    mask_LS: Tensor
 
 
-def visits(reach: Reach, blocks: Blocks, like: Tensor) -> Iterator[Visit]:
-    """Every visible (row, block) pair in exactly one visit; masks in the dtype of `like`.
+def visits(reach: Reach, blocks: Blocks, like: Tensor, most: int) -> Iterator[Visit]:
+    """Every visible (row, block) pair in exactly one visit of at most `most` rows.
 
     Waits for the device, once.
     """
@@ -47,17 +46,22 @@ def visits(reach: Reach, blocks: Blocks, like: Tensor) -> Iterator[Visit]:
     whole_P = (first_P <= begin_P) & (end_P <= last_P) & (begin_P < end_P)
     partly_P = (torch.maximum(first_P, begin_P) < torch.minimum(last_P, end_P)) & ~whole_P
     edges = torch.arange(blocks.ids_QCN.shape[1] * count + 1, device=device)
+    rows, cuts = zip(
+        *((row_P[p], torch.searchsorted(key_P[p], edges).tolist()) for p in (partly_P, whole_P)),
+        strict=True,
+    )
     bounds = blocks.grid.starts_B1.tolist()
-    for chosen_P, masked in ((whole_P, False), (partly_P, True)):
-        rows = row_P[chosen_P]
-        cuts = torch.searchsorted(key_P[chosen_P], edges).tolist()
-        for at, (start, stop) in enumerate(pairwise(cuts)):
-            if start == stop:
-                continue
-            rows_M = rows[start:stop]
-            keys = slice(bounds[at % count], bounds[at % count + 1])
-            mask = _mask(first_T[rows_M], last_T[rows_M], keys, like) if masked else None
-            yield Visit(rows_M, keys, at // count, mask)
+    for at in range(len(edges) - 1):
+        partly_L, wholly = (r[c[at] : c[at + 1]] for r, c in zip(rows, cuts, strict=True))
+        if len(partly_L) + len(wholly) == 0:
+            continue
+        keys = slice(bounds[at % count], bounds[at % count + 1])
+        mask_LS = _mask(first_T[partly_L], last_T[partly_L], keys, like)
+        rows_M = torch.cat([partly_L, wholly])
+        # Some blocks are chosen by every row: what a visit computes should stay in the caches.
+        for start in range(0, len(rows_M), most):
+            part = slice(start, start + most)
+            yield Visit(rows_M[part], keys, at // count, mask_LS[part])
 
 
 def _choices(blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -77,7 +81,7 @@ def _choices(blocks: Blocks) -> tuple[Tensor, Tensor]:
     return row_P, torch.repeat_interleave(key_P, rows_P)
 
 
-def _mask(first_M: Tensor, last_M: Tensor, keys: slice, like: Tensor) -> Tensor:
+def _mask(first_L: Tensor, last_L: Tensor, keys: slice, like: Tensor) -> Tensor:
     key_S = torch.arange(keys.start, keys.stop, device=like.device)
-    visible_MS = (key_S >= first_M[:, None]) & (key_S < last_M[:, None])
-    return like.new_zeros(visible_MS.shape).masked_fill_(~visible_MS, float("-inf"))
+    visible_LS = (key_S >= first_L[:, None]) & (key_S < last_L[:, None])
+    return like.new_zeros(visible_LS.shape).masked_fill_(~visible_LS, float("-inf"))

@@ -32,3 +32,11 @@ def test_the_largest_and_of_equal_ones_the_lowest(rows, count):
 def test_any_floats(count):
     scores = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
     assert top_ids(scores, count).tolist() == [by_definition(r, count) for r in scores.tolist()]
+
+
+def test_nan_of_either_sign_is_above_all():
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[inf, -nan, 1.0, nan, -inf, inf], [0.0, -inf, -1.0, -nan, 2.0, 1.0]])
+    assert scores[0, 1].signbit() and not scores[0, 3].signbit()
+    assert top_ids(scores, 3).tolist() == [[0, 1, 3], [3, 4, 5]]
+    assert top_ids(scores, 6)[1].tolist() == [0, 2, 3, 4, 5, -1]

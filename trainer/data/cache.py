@@ -21,13 +21,6 @@ _PATIENCE_SECONDS = 3.0
 _ELSEWHERE = "set LONGSPAN_CACHE to a folder on a local disk that you may write to"
 
 
-def default_cache() -> Path:
-    """$LONGSPAN_CACHE, else $XDG_CACHE_HOME/longspan, else ~/.cache/longspan."""
-    if own := os.environ.get("LONGSPAN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longspan"
-
-
 def build_once(folder: Path, build: Callable[[Path], None], *, progress: bool) -> None:
     """Make `folder` by calling `build` with a scratch folder, unless it exists already.
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from longspan.cache import default_cache
 from longspan.errors import DataError
 from longspan.trainer.data import corpus as module
 from longspan.trainer.data import progress
-from longspan.trainer.data.cache import default_cache
 from longspan.trainer.data.corpus import prepare_corpus
 from longspan.trainer.data.settings import DataSettings, LocalTokenizer, TrainedTokenizer
 from longspan.trainer.data.tokenizer import TextTokenizer

@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++, for what Triton does badly; compiled on the machine that runs them."""

@@ -1,0 +1,1 @@
+"""Dense attention by the GPU kernels that ship with PyTorch."""

@@ -1,0 +1,233 @@
+"""Selection: the blocks that each query chooses by what it thinks of pooled keys.
+
+It has no gradient. Scores exist for a chunk of queries at a time.
+Shapes: T query rows, Q query groups, H query heads, G key-value heads, D head dim, P pooled keys,
+B blocks, C heads that choose (G, or H), N blocks per choice; K windows that overlap a block; W
+windows in sight of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import pooled_scorer
+from .blocks import Blocks
+from .grid import Grid
+from .pooled import Pooled
+from .reach import Reach
+from .selection_plan import Chunk, SelectionPlan, plan, visible
+from .selection_rule import SelectionRule
+from .top import top_ids
+from .windows import Windows
+
+# Of blocks that nobody has a logit for: after all others, but before what is out of reach.
+LAST = torch.finfo(torch.float32).min
+
+
+def select_blocks(
+    q_THD: Tensor,
+    k_PGD: Tensor,
+    windows: Windows,
+    grid: Grid,
+    reach: Reach,
+    rule: SelectionRule,
+    *,
+    scale: float,
+    lse_TH: Tensor | None = None,
+    coarse: Pooled | None = None,
+    query_starts: Tensor | None = None,
+) -> Blocks:
+    """The blocks of `grid` that each query (or query group) chooses; see `SelectionRule`.
+
+    A query scores the windows that lie wholly in its reach. Its blocks are those that its reach
+    meets: the first is the document's, the last is its own, and no other is ever chosen. Blocks
+    without a scored window come last, with probability 0 (or after every logit), so a query that
+    sees no window yet has its forced blocks and then the lowest others. Of equal scores the
+    lowest block is chosen; a query that reaches fewer blocks than the rule wants has them all.
+
+    The rows of a query group are one chooser, over the hull of what they reach: its local blocks
+    begin with those of its earliest row and end with the block of its latest. Later rows of a
+    group bear on the choice of earlier ones.
+
+    Args:
+        q_THD: Queries.
+        k_PGD: Pooled keys; see `pool`.
+        windows: Of the pooled keys.
+        grid: The blocks to choose from.
+        reach: The keys that each query sees.
+        rule: What is chosen.
+        scale: Of the scores.
+        lse_TH: The lse of each query and head over the windows that it sees, if it is known: of
+            the compressed branch. Probabilities only.
+        coarse: Coarser pooled keys, from which the lse is taken instead (InfLLM-V2, arXiv
+            2509.24663, section 3.3); where a query sees none of them it is exact.
+        query_starts: Boundaries of the query groups, ascending from 0, int64 [Q + 1] on the
+            host; None if each query chooses for itself.
+
+    Returns:
+        The choices, `rule.total` per query group and choosing head.
+
+    Raises:
+        ValueError: Shapes that contradict each other, a rule that forces more blocks on a query
+            group than it chooses, or an lse that has no use.
+    """
+    _check(q_THD, k_PGD, windows, grid, reach, query_starts)
+    _check_lse(q_THD, k_PGD, rule, lse_TH, coarse)
+    todo = plan(windows, grid, reach, query_starts)
+    forced = todo.most_forced(rule.initial, rule.local)
+    if forced > rule.total:
+        raise ValueError(f"the rule chooses {rule.total} blocks but forces {forced} on a query "
+                         "group that lies in several")  # fmt: skip
+    far = None if coarse is None else (coarse.k_PGD, visible(coarse.windows, reach))
+    score = pooled_scorer(q_THD.device)(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
+    heads = q_THD.shape[1]
+    choosers = heads if rule.heads == "none" else k_PGD.shape[1]
+    shape = len(todo.starts_Q1) - 1, choosers, rule.total
+    ids_QCN = torch.full(shape, -1, dtype=torch.int32, device=q_THD.device)
+    choice = _Choice(todo, rule, q_THD.device, torch.promote_types(q_THD.dtype, torch.float32))
+    for chunk in todo.chunks(heads, score.most):
+        if chunk.blocks.start < chunk.blocks.stop:
+            ids_QCN[chunk.groups] = choice(chunk, score(chunk.rows, chunk.sight))
+    return Blocks(ids_QCN, grid, query_starts)
+
+
+class _Choice:
+    """From scores of windows to chosen blocks."""
+
+    def __init__(
+        self, todo: SelectionPlan, rule: SelectionRule, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._todo, self._rule, self._device = todo, rule, device
+        at, keys = todo.overlaps
+        self._window_KB = at.on(device)
+        self._weight_KB = keys.on(device).to(dtype) / todo.windows.stride
+
+    def __call__(self, chunk: Chunk, scores_CTW: Tensor) -> Tensor:
+        """The choices of a chunk, int32 [Q, C, N]."""
+        scores_CQW = self._of_groups(chunk, scores_CTW)
+        count, size, width = scores_CQW.shape
+        if self._rule.statistic == "logit" and width:
+            fill = 0.0 if self._rule.mapping == "overlap_sum" else float("-inf")
+            at_W = torch.arange(chunk.sight.windows.start, chunk.sight.windows.stop,
+                                device=self._device)  # fmt: skip
+            first_Q1, last_Q1 = self._bounds(self._todo.seen_by, chunk)
+            hidden_QW = (at_W < first_Q1) | (at_W >= last_Q1)
+            scores_CQW = scores_CQW.masked_fill_(hidden_QW, fill)
+        scores_CQB = self._of_blocks(chunk, scores_CQW.flatten(0, 1)).view(count, size, -1)
+        self._force(chunk, scores_CQB)
+        ids = top_ids(scores_CQB.flatten(0, 1), self._rule.total).view(count, size, -1)
+        return torch.where(ids < 0, ids, ids + chunk.blocks.start).transpose(0, 1)
+
+    def _bounds(self, bounds: Any, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """An interval of the chunk's query groups, [Q, 1]."""
+        first_Q, last_Q = bounds.first.on(self._device), bounds.last.on(self._device)
+        return first_Q[chunk.groups, None], last_Q[chunk.groups, None]
+
+    def _of_groups(self, chunk: Chunk, scores_CTW: Tensor) -> Tensor:
+        """Scores of rows as scores of their query groups."""
+        if not self._todo.grouped:
+            return scores_CTW
+        starts = self._todo.starts_Q1[chunk.groups.start : chunk.groups.stop + 1]
+        sizes = starts.diff()
+        largest = self._rule.heads == "max"
+        if int(sizes.min()) == int(sizes.max()):
+            scores_CQtW = scores_CTW.unflatten(1, (len(sizes), -1))
+            return scores_CQtW.amax(2) if largest else scores_CQtW.sum(2)
+        starts_Q, sizes_Q = (x.to(self._device) for x in (starts[:-1] - chunk.rows.start, sizes))
+        total_CQW = scores_CTW.new_zeros(len(scores_CTW), len(sizes), scores_CTW.shape[2])
+        for step in range(int(sizes.max())):
+            at_Q = (starts_Q + step).clamp(max=scores_CTW.shape[1] - 1)
+            part_CQW = scores_CTW.index_select(1, at_Q)
+            there_Q1 = (step < sizes_Q)[:, None]
+            if largest:
+                more_CQW = torch.maximum(total_CQW, part_CQW) if step else part_CQW
+                total_CQW = torch.where(there_Q1, more_CQW, total_CQW)
+            else:
+                total_CQW += part_CQW.masked_fill_(~there_Q1, 0.0)
+        return total_CQW
+
+    def _of_blocks(self, chunk: Chunk, scores_RW: Tensor) -> Tensor:
+        """Scores of windows as scores of blocks, [R, B]; R = C * Q."""
+        blocks, windows = chunk.blocks, chunk.sight.windows
+        size = blocks.stop - blocks.start
+        total_RB = scores_RW.new_zeros(len(scores_RW), size)
+        if len(chunk.sight):
+            at_KB = self._window_KB[:, blocks]
+            weight_KB = self._weight_KB[:, blocks]
+            there_KB = (at_KB >= windows.start) & (at_KB < windows.stop) & (weight_KB > 0)
+            weight_KB = weight_KB * there_KB
+            at_KB = (at_KB - windows.start).clamp(0, len(chunk.sight) - 1)
+            self._add_up(total_RB, scores_RW, at_KB, weight_KB, ~there_KB)
+        if self._rule.statistic == "logit":
+            first_B, last_B = (x.on(self._device)[blocks] for x in (
+                self._todo.overlapping.first, self._todo.overlapping.last))  # fmt: skip
+            first_Q1, last_Q1 = self._bounds(self._todo.seen_by, chunk)
+            nothing_QB = torch.maximum(first_B, first_Q1) >= torch.minimum(last_B, last_Q1)
+            total_RB.view(-1, *nothing_QB.shape).masked_fill_(nothing_QB, LAST)
+        return total_RB
+
+    def _add_up(
+        self, total_RB: Tensor, scores_RW: Tensor, at_KB: Tensor, weight_KB: Tensor, gone_KB: Tensor
+    ) -> None:
+        if self._rule.mapping == "overlap_sum":
+            for at_B, weight_B in zip(at_KB, weight_KB, strict=True):
+                total_RB.addcmul_(scores_RW.index_select(1, at_B), weight_B)
+            return
+        fill = 0.0 if self._rule.statistic == "probability" else float("-inf")
+        total_RB.fill_(fill)
+        for at_B, gone_B in zip(at_KB, gone_KB, strict=True):
+            part_RB = scores_RW.index_select(1, at_B).masked_fill_(gone_B, fill)
+            torch.maximum(total_RB, part_RB, out=total_RB)
+
+    def _force(self, chunk: Chunk, scores_CQB: Tensor) -> None:
+        """What must be chosen has +inf, what must not be -inf."""
+        rule, device = self._rule, self._device
+        at_B = torch.arange(chunk.blocks.start, chunk.blocks.stop, device=device)
+        first_Q1, last_Q1 = self._bounds(self._todo.choosable, chunk)
+        forced_QB = at_B < first_Q1 + rule.initial
+        if rule.local:
+            own_Q1 = self._todo.own_first.on(device)[chunk.groups, None]
+            forced_QB |= at_B > own_Q1 - rule.local
+        out_QB = (at_B < first_Q1) | (at_B >= last_Q1)
+        scores_CQB.masked_fill_(forced_QB, float("inf")).masked_fill_(out_QB, float("-inf"))
+
+
+def _check(
+    q: Tensor, k: Tensor, windows: Windows, grid: Grid, reach: Reach, groups: Tensor | None
+) -> None:
+    shapes = f"q {list(q.shape)}, pooled k {list(k.shape)}"
+    if q.ndim != 3 or k.ndim != 3 or q.shape[2] != k.shape[2]:
+        raise ValueError(f"selection wants q [T, H, D] and pooled k [P, G, D], not {shapes}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key-value heads: {shapes}")
+    if q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(f"q and pooled k must share dtype and device, not {q.dtype} on "
+                         f"{q.device}, {k.dtype} on {k.device}")  # fmt: skip
+    if len(q) != len(reach) or len(k) != len(windows):
+        raise ValueError(f"{shapes}, but a reach of {len(reach)} and {len(windows)} windows")
+    if windows.keys != int(grid.starts_B1[-1]):
+        raise ValueError(f"windows over {windows.keys} keys and blocks of "
+                         f"{int(grid.starts_B1[-1])}")  # fmt: skip
+    if groups is None:
+        return
+    ascending = len(groups) and not int(groups[0]) and not bool((groups.diff() < 0).any())
+    if not ascending or int(groups[-1]) != len(q):
+        raise ValueError(f"query groups must ascend from 0 to {len(q)}: {groups.tolist()[:20]}")
+
+
+def _check_lse(
+    q: Tensor, k: Tensor, rule: SelectionRule, lse: Tensor | None, coarse: Pooled | None
+) -> None:
+    if lse is None and coarse is None:
+        return
+    if rule.statistic == "logit" or (lse is not None and coarse is not None):
+        raise ValueError("probabilities need one lse or coarser keys to take it from, not both; "
+                         "logits need neither")  # fmt: skip
+    if lse is not None and lse.shape != q.shape[:2]:
+        raise ValueError(f"the lse must be [T, H] = {list(q.shape[:2])}, not {list(lse.shape)}")
+    if coarse is not None and coarse.k_PGD.shape[1:] != k.shape[1:]:
+        raise ValueError(f"coarser keys [P, G, D] = {list(coarse.k_PGD.shape)} beside "
+                         f"{list(k.shape)}")  # fmt: skip
