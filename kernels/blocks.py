@@ -101,7 +101,7 @@ class Blocks:
             return 1
         return int(self.query_starts.diff().max()) if len(self.query_starts) > 1 else 0
 
-    @cached_property
+    @property
     def inverse(self) -> Inverse:
         """The choices in the order of the chosen blocks, made once for forward and backward."""
         return self.inverse_over(self.ids_QCN.shape[1])
@@ -112,13 +112,14 @@ class Blocks:
         Args:
             heads: How many block heads to tell apart: a divisor of their number.
         """
-        made = self._inverses.get(heads)
+        made = self.inverses.get(heads)
         if made is None:
-            made = self._inverses[heads] = Inverse.of(self, heads)
+            made = self.inverses[heads] = Inverse.of(self, heads)
         return made
 
     @cached_property
-    def _inverses(self) -> dict[int, Inverse]:
+    def inverses(self) -> dict[int, Inverse]:
+        """Those made so far."""
         return {}
 
 
@@ -139,32 +140,28 @@ class Inverse:
     starts_CB1: Tensor
 
     @classmethod
-    def of(cls, blocks: Blocks, heads: int) -> Inverse:
+    def of(cls, blocks: Blocks, heads: int | None = None) -> Inverse:
         """Sorts the choices of `blocks`; stable, so that the order is the same every time.
 
         Args:
             blocks: The choices.
-            heads: How many block heads to tell apart; see `Blocks.inverse_over`.
+            heads: How many block heads to tell apart, see `Blocks.inverse_over`; None for all.
         """
-        ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
-<<<<<<< HEAD
-        _, block_heads, width = ids_QCN.shape
+        count, (queries, block_heads, width) = len(blocks.grid), blocks.ids_QCN.shape
+        heads = block_heads if heads is None else heads
         assert block_heads % heads == 0, (block_heads, heads)
-        head_C1 = torch.arange(block_heads, device=ids_QCN.device)[:, None]
-        key_QCN = ids_QCN + head_C1 // (block_heads // heads) * count
-        key_QCN = key_QCN.masked_fill(ids_QCN < 0, heads * count)
-=======
+        # The lists of several heads are one longer list, without a change of positions.
+        width *= block_heads // heads
+        ids_QCN = blocks.ids_QCN.reshape(queries, heads, width)
         if serves("invert", ids_QCN) and fits(ids_QCN, count):
-            _, groups_P, starts_CB1 = invert(ids_QCN, count)
-            return cls(groups_P, starts_CB1)
-        _, heads, width = ids_QCN.shape
+            order_P, groups_P, starts_CB1 = invert(ids_QCN, count)
+            return cls(groups_P, order_P, starts_CB1)
         head_C1 = torch.arange(heads, device=ids_QCN.device)[:, None]
         key_QCN = ids_QCN + head_C1 * count
         key_QCN = torch.where(ids_QCN < 0, heads * count + head_C1, key_QCN)
->>>>>>> main
         sorted_P, order_P = key_QCN.flatten().sort(stable=True)
         edges = torch.arange(heads * count + 1, device=ids_QCN.device)
         starts = torch.searchsorted(sorted_P, edges)
         if len(order_P) < 2**31:
             order_P = order_P.int()
-        return cls((order_P // (block_heads * width)).int(), order_P, starts)
+        return cls((order_P // (heads * width)).int(), order_P, starts)
