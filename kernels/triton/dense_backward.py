@@ -54,8 +54,8 @@ def _query_options(launch: dict[str, Any]) -> list[triton.Config]:
     if launch["BYTES"] > 2:
         return [_config(32, 32, 4, 1)]
     if width <= 128:
-        return [_config(128, 64, 8, 2), _config(64, 64, 4, 2), _config(128, 32, 8, 3)]
-    return [_config(64, 32, 4, 2), _config(64, 64, 8, 1)]
+        return [_config(128, 64, 8, 2), _config(128, 32, 8, 3), _config(64, 64, 4, 2)]
+    return [_config(128, 32, 8, 2), _config(64, 32, 4, 1)]
 
 
 def _key_options(launch: dict[str, Any]) -> list[triton.Config]:
@@ -66,10 +66,10 @@ def _key_options(launch: dict[str, Any]) -> list[triton.Config]:
     if launch["BYTES"] > 2:
         return [_config(32, 32, 4, 1)]
     if width <= 64:
-        return [_config(64, 128, 8, 2), _config(64, 64, 4, 2), _config(32, 128, 4, 3)]
+        return [_config(64, 128, 8, 2), _config(32, 128, 4, 3), _config(64, 64, 4, 2)]
     if width <= 128:
-        return [_config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(64, 64, 4, 2)]
-    return [_config(32, 64, 8, 2), _config(32, 64, 4, 1)]
+        return [_config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(32, 64, 4, 2)]
+    return [_config(32, 64, 8, 2), _config(32, 32, 4, 1)]
 
 
 def backward(

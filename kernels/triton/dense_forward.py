@@ -42,13 +42,12 @@ def _options(launch: dict[str, Any]) -> list[triton.Config]:
         return [_config(32, 32, 4, 1)]
     width = max(launch["BLOCK_D"], launch["BLOCK_V"])
     if launch["BYTES"] > 2:
-        rows = 64 if width <= 128 else 32
-        return [_config(rows, 32, 4, 2), _config(32, 32, 4, 2)]
+        return [_config(64 if width <= 128 else 32, 32, 4, 2), _config(32, 32, 4, 1)]
     if width <= 64:
-        return [_config(128, 128, 8, 3), _config(128, 64, 4, 3), _config(64, 64, 4, 4)]
+        return [_config(128, 128, 8, 3), _config(128, 64, 4, 3), _config(64, 64, 4, 2)]
     if width <= 128:
-        return [_config(128, 64, 8, 3), _config(128, 128, 8, 2), _config(64, 64, 4, 3)]
-    return [_config(128, 64, 8, 2), _config(64, 64, 4, 2), _config(64, 32, 4, 3)]
+        return [_config(128, 128, 8, 2), _config(128, 64, 8, 3), _config(64, 64, 4, 2)]
+    return [_config(128, 64, 8, 2), _config(64, 32, 4, 2)]
 
 
 def _config(rows: int, keys: int, warps: int, stages: int) -> triton.Config:

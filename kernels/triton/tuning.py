@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter; settled when Triton is imported, as there."""
@@ -23,7 +24,7 @@ class Tuned:
 
     What was found is kept on disk, beside Triton's compiled kernels. In the interpreter, and
     while `torch.are_deterministic_algorithms_enabled()` (asked at every launch), the first
-    configuration is used: another one may sum in another order.
+    configuration that fits on the device is used: another one may sum in another order.
 
     The kernel must write the same whenever it runs twice.
     """
@@ -42,11 +43,22 @@ class Tuned:
             # Fused multiply-adds, whatever a release of Triton takes for its default.
             fixed = {**constants, "enable_fp_fusion": True}
             if INTERPRETED or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
-                self.kernel[grid](*args, **fixed, **configs[0].all_kwargs())
+                self._first_that_fits(configs, grid, args, fixed)
             else:
                 self._tuner(configs)[grid](*args, **fixed)
 
         return launch
+
+    def _first_that_fits(
+        self, configs: tuple[triton.Config, ...], grid: Any, args: Any, fixed: dict[str, Any]
+    ) -> None:
+        for config in configs[:-1]:
+            try:
+                self.kernel[grid](*args, **fixed, **config.all_kwargs())
+                return
+            except OutOfResources:  # A device with less shared memory than others.
+                continue
+        self.kernel[grid](*args, **fixed, **configs[-1].all_kwargs())
 
     def _tuner(self, configs: tuple[triton.Config, ...]) -> Any:
         tuner = self._tuners.get(configs)

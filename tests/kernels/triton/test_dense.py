@@ -53,7 +53,7 @@ def check(device, reach, keys, *, scale=SCALE, softcap=None, with_bias=False, **
 
 
 @settings(
-    max_examples=15,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -86,6 +86,13 @@ def test_any_rows_over_any_keys(device, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(device, dtype, window):
     check(device, Reach.documents([0, 80, 81, 110], window), 110, dtype=dtype, dims=(16, 16))
+
+
+@pytest.mark.parametrize("window", [None, 130])
+def test_a_chunk_of_rows_whose_intervals_end_just_before_a_tile_does(device, window):
+    # Row 126 sees keys 0 to 126: one less than fills tiles of any size. The last tile of rows has
+    # two, so that with a window just one key comes before those that both see.
+    check(device, Reach.documents([0, 160], window).rows(torch.arange(126, 160)), 160)
 
 
 @pytest.mark.parametrize(
