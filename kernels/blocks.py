@@ -90,9 +90,37 @@ class Blocks:
         return Mirror(torch.repeat_interleave(torch.arange(len(sizes)), sizes))
 
     @cached_property
+    def starts(self) -> Mirror | None:
+        """`query_starts` as int32 on other devices; None if each row is its own group."""
+        return None if self.query_starts is None else Mirror(self.query_starts)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Query rows of the largest group."""
+        if self.query_starts is None:
+            return 1
+        return int(self.query_starts.diff().max()) if len(self.query_starts) > 1 else 0
+
+    @property
     def inverse(self) -> Inverse:
         """The choices in the order of the chosen blocks, made once for forward and backward."""
-        return Inverse.of(self)
+        return self.inverse_over(self.ids_QCN.shape[1])
+
+    def inverse_over(self, heads: int) -> Inverse:
+        """The same with neighbouring block heads counted as one; made once for each number.
+
+        Args:
+            heads: How many block heads to tell apart: a divisor of their number.
+        """
+        made = self.inverses.get(heads)
+        if made is None:
+            made = self.inverses[heads] = Inverse.of(self, heads)
+        return made
+
+    @cached_property
+    def inverses(self) -> dict[int, Inverse]:
+        """Those made so far."""
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,26 +129,39 @@ class Inverse:
 
     Attributes:
         groups_P: Query groups, sorted by block head, then block, then group; int32.
+        order_P: Where each of these choices is in ids_QCN, flattened; int32 if it can be.
         starts_CB1: Where each block's groups begin, int64 [C * B + 1]: those that chose block b
             with block head c are at starts[c * B + b] to starts[c * B + b + 1]. Choices of nothing
             come after all others, by block head.
     """
 
     groups_P: Tensor
+    order_P: Tensor
     starts_CB1: Tensor
 
     @classmethod
-    def of(cls, blocks: Blocks) -> Inverse:
-        """Sorts the choices of `blocks`; stable, so that the order is the same every time."""
-        ids_QCN, count = blocks.ids_QCN, len(blocks.grid)
+    def of(cls, blocks: Blocks, heads: int | None = None) -> Inverse:
+        """Sorts the choices of `blocks`; stable, so that the order is the same every time.
+
+        Args:
+            blocks: The choices.
+            heads: How many block heads to tell apart, see `Blocks.inverse_over`; None for all.
+        """
+        count, (queries, block_heads, width) = len(blocks.grid), blocks.ids_QCN.shape
+        heads = block_heads if heads is None else heads
+        assert block_heads % heads == 0, (block_heads, heads)
+        # The lists of several heads are one longer list, without a change of positions.
+        width *= block_heads // heads
+        ids_QCN = blocks.ids_QCN.reshape(queries, heads, width)
         if serves("invert", ids_QCN) and fits(ids_QCN, count):
-            _, groups_P, starts_CB1 = invert(ids_QCN, count)
-            return cls(groups_P, starts_CB1)
-        _, heads, width = ids_QCN.shape
+            order_P, groups_P, starts_CB1 = invert(ids_QCN, count)
+            return cls(groups_P, order_P, starts_CB1)
         head_C1 = torch.arange(heads, device=ids_QCN.device)[:, None]
         key_QCN = ids_QCN + head_C1 * count
         key_QCN = torch.where(ids_QCN < 0, heads * count + head_C1, key_QCN)
         sorted_P, order_P = key_QCN.flatten().sort(stable=True)
         edges = torch.arange(heads * count + 1, device=ids_QCN.device)
         starts = torch.searchsorted(sorted_P, edges)
-        return cls((order_P // (heads * width)).int(), starts)
+        if len(order_P) < 2**31:
+            order_P = order_P.int()
+        return cls((order_P // (heads * width)).int(), order_P, starts)

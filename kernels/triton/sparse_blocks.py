@@ -1,0 +1,214 @@
+"""By block, forward: each block gathers the rows that chose it; their partial results are merged.
+
+For few rows per query group: products are as large as the crowd of a block, whatever the number of
+heads. A partial result lies at the place of its choice in a buffer of bounded size, so that queries
+go through in chunks; partial outputs have the dtype of the output.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# ruff: noqa: ANN001, ANN202
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import Blocks
+from .sparse_shape import Inputs, Shape
+from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
+from .sparse_work import Work, cut, take
+from .steps import LN2, logits_of, narrow, product
+from .tuning import autotuned
+
+BUFFER = 2**30
+"""Bytes of partial results that exist at once."""
+
+ROWS_OF_A_PROGRAM = 512
+"""Its keys and values are read once: 32 KiB or so, a small part of what these rows are."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some query groups and the work on their choices.
+
+    Attributes:
+        first: Their first token.
+        last: One past the last.
+        work: Programs.
+    """
+
+    first: int
+    last: int
+    work: Work
+
+
+def chunks(shape: Shape, blocks: Blocks, bytes_of_row: int) -> Iterator[Chunk]:
+    """Query groups in order, as many at once as the buffer can hold.
+
+    Args:
+        shape: Sizes.
+        blocks: The choices.
+        bytes_of_row: Of the partial results of one query head of a token.
+    """
+    inverse = blocks.inverse_over(shape.segment_heads)
+    starts_Z1 = inverse.starts_CB1
+    step = max(1, BUFFER // (bytes_of_row * shape.heads * shape.tokens))
+    split = max(1, ROWS_OF_A_PROGRAM // shape.rows_of_choice)
+    per_group = shape.chooser * shape.width
+    begin_Z = starts_Z1[:-1]
+    for group in range(0, shape.queries, step):
+        stop = min(group + step, shape.queries)
+        end_Z = starts_Z1[1:]
+        if stop < shape.queries:
+            end_Z = cut(inverse.order_P, starts_Z1, stop * per_group)
+        first, last = group, stop
+        if blocks.query_starts is not None:
+            first, last = int(blocks.query_starts[group]), int(blocks.query_starts[stop])
+        yield Chunk(first, last, Work.of(begin_Z, end_Z, split, (stop - group) * per_group))
+        begin_Z = end_Z
+
+
+def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
+    """Row tiles to try; the key tile is given, since it decides what is in the buffer."""
+    if constants["BYTES"] > 2:
+        return [row_tile(16, 8, 1)]
+    if max(constants["DP"], constants["VP"]) > 128:
+        return [row_tile(64, 4, 1), row_tile(64, 8, 2)]
+    return [row_tile(64, 4, 2), row_tile(64, 4, 3), row_tile(128, 8, 2)]
+
+
+def row_tile(rows: int, warps: int, stages: int) -> triton.Config:
+    """A configuration."""
+    return triton.Config({"BM": rows}, num_warps=warps, num_stages=stages)
+
+
+def forward(inputs: Inputs, blocks: Blocks, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Output [T, H, V] and natural-log lse [T, H]."""
+    q, shape = inputs.q, inputs.shape
+    out = q.new_empty(*q.shape[:2], shape.value_dim, dtype=out_dtype)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    entries = shape.width * shape.key_tiles
+    bytes_of_row = entries * (shape.value_dim * out_dtype.itemsize + 4)
+    owners = inputs.where[1] if blocks.group_T is None else blocks.group_T.on(q.device)
+    part = sums = None
+    for chunk in chunks(shape, blocks, bytes_of_row):
+        rows = (chunk.last - chunk.first) * shape.heads
+        if part is None or part.shape[0] < rows:
+            part = q.new_empty(rows, entries, shape.value_dim, dtype=out_dtype)
+            sums = q.new_empty(rows, entries, dtype=torch.float32)
+        launch(
+            _parts, inputs, blocks, chunk.work, (part, sums), (chunk.first,),
+            KT=shape.key_tiles, BK=shape.key_tile,
+        )  # fmt: skip
+        _merge[(rows,)](
+            part, sums, inputs.where[0], owners, out, lse, chunk.first,
+            C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, V=shape.value_dim,
+            VP=inputs.constants["VP"], GROUPED=blocks.group_T is not None, TILE=16, num_warps=2,
+        )  # fmt: skip
+    return out, lse
+
+
+def launch(
+    kernel: Any, inputs: Inputs, blocks: Blocks, work: Work, tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...], **constants: Any,
+) -> None:  # fmt: skip
+    """Runs a kernel that serves `work`, on every key-value head and key tile of each item."""
+    shape = inputs.shape
+    inverse = blocks.inverse_over(shape.segment_heads)
+    _, *where = inputs.where
+    kernel[(len(work), shape.served, shape.key_tiles)](
+        inputs.q, inputs.k, inputs.v, inputs.bias, *tensors, inverse.order_P, *where,
+        *work.tensors, work.split, shape.blocks, shape.segments, *numbers,
+        *inputs.strides, *inputs.score, **inputs.constants, **constants,
+    )  # fmt: skip
+
+
+@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
+@triton.jit
+def _parts(
+    q, k, v, bias, part, sums, order, starts, groups, first, last,
+    segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, token0,
+    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap,
+    C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
+    KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    _, head, block, begin, count, _ = take(
+        segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
+    )
+    if count <= 0:
+        return
+    heads: tl.constexpr = R * (C if C > G else G)
+    served: tl.constexpr = G // C if G > C else 1
+    kv = head * served + tl.program_id(1)
+    tile = tl.program_id(2)
+    key_N = tl.load(starts + block) + tile * BK + tl.arange(0, BK)
+    exists_N = key_N < tl.load(starts + block + 1)
+    at_N = key_N.to(tl.int64)
+    k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
+    v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
+    for row0 in range(0, count * (M * R), BM):
+        token_M, head_M, entry_M, live_M = rows_of_choices(
+            order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
+        )
+        q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
+        first_M = tl.load(first + token_M, mask=live_M, other=0)
+        last_M = tl.load(last + token_M, mask=live_M, other=0)
+        seen_MN = seen(first_M, last_M, key_N, exists_N)
+        logits_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
+        logits_MN = add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
+        logits_MN = tl.where(seen_MN, logits_MN, float("-inf"))
+        peak_M = tl.max(logits_MN, 1)
+        level_M = tl.where(peak_M == float("-inf"), 0.0, peak_M)
+        weights_MN = tl.exp2(logits_MN - level_M[:, None])
+        sum_M = tl.sum(weights_MN, 1)
+        share_M = 1.0 / tl.where(sum_M == 0.0, 1.0, sum_M)
+        out_MV = product(narrow(weights_MN, v_NV.dtype), v_NV) * share_M[:, None]
+        to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
+        store_rows(part, to_M * V, live_M, out_MV, V, VP)
+        tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
+
+
+@triton.jit
+def _merge(
+    part, sums, ids, owners, out, lse, token0,
+    C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token, head = token0 + row // H, row % H
+    group = token
+    if GROUPED:
+        group = tl.load(owners + token).to(tl.int64)
+    ids += (group * C + head // (H // C)) * N
+    at = tl.arange(0, VP)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc_V = tl.zeros([VP], tl.float32)
+    for first in range(0, N * KT, TILE):
+        entry_E = first + tl.arange(0, TILE)
+        # Nobody wrote what belongs to no block.
+        block_E = tl.load(ids + entry_E // KT, mask=entry_E < N * KT, other=-1)
+        from_E = row * (N * KT) + entry_E
+        sum_E = tl.load(sums + from_E, mask=block_E >= 0, other=float("-inf"))
+        live_EV = (sum_E > float("-inf"))[:, None] & (at < V)[None, :]
+        part_EV = tl.load(part + from_E[:, None] * V + at[None, :], mask=live_EV, other=0.0)
+        new = tl.maximum(peak, tl.max(sum_E, 0))
+        level = tl.where(new == float("-inf"), 0.0, new)
+        weight_E = tl.exp2(sum_E - level)
+        fade = tl.exp2(peak - level)
+        acc_V = acc_V * fade + tl.sum(part_EV.to(tl.float32) * weight_E[:, None], 0)
+        total = total * fade + tl.sum(weight_E, 0)
+        peak = new
+    share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+    to = token * H + head
+    tl.store(out + to * V + at, narrow(acc_V * share, out.dtype.element_ty), mask=at < V)
+    lse_1 = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(total)) * LN2)
+    tl.store(lse + to + tl.arange(0, 1), lse_1)

@@ -1,0 +1,129 @@
+"""By block, backward: dq where query groups are small. See `sparse_blocks`."""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# ruff: noqa: ANN001, ANN202
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import Blocks
+from .sparse_blocks import chunks, launch, row_tile
+from .sparse_shape import Inputs
+from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
+from .sparse_work import take
+from .steps import LOG2E, logits_of, narrow, product, slope_of
+from .tuning import autotuned
+
+
+def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
+    """Row tiles to try."""
+    if constants["BYTES"] > 2:
+        return [row_tile(16, 8, 1)]
+    if max(constants["DP"], constants["VP"]) > 128:
+        return [row_tile(32, 4, 1), row_tile(64, 8, 1)]
+    return [row_tile(64, 4, 2), row_tile(64, 4, 1), row_tile(64, 8, 2), row_tile(128, 8, 1)]
+
+
+def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """dq [T, H, D] in fp32, from partial sums in fp32; see `sparse_rows_backward.queries`."""
+    q, shape = inputs.q, inputs.shape
+    dq = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
+    entries = shape.width * shape.key_tiles
+    owners = inputs.where[1] if blocks.group_T is None else blocks.group_T.on(q.device)
+    part = None
+    for chunk in chunks(shape, blocks, entries * shape.dim * 4):
+        rows = (chunk.last - chunk.first) * shape.heads
+        if part is None or part.shape[0] < rows:
+            part = q.new_empty(rows, entries, shape.dim, dtype=torch.float32)
+        launch(
+            _parts, inputs, blocks, chunk.work, (dout, lse, delta, part),
+            (chunk.first, dout.stride(0), dout.stride(1)),
+            KT=shape.key_tiles, BK=shape.key_tile,
+        )  # fmt: skip
+        _sum[(rows,)](
+            part, inputs.where[0], owners, dq, chunk.first, inputs.score[0],
+            C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, D=shape.dim,
+            DP=inputs.constants["DP"], GROUPED=blocks.group_T is not None, TILE=16, num_warps=2,
+        )  # fmt: skip
+    return dq
+
+
+@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
+@triton.jit
+def _parts(
+    q, k, v, bias, dout, lse, delta, part, order, starts, groups, first, last,
+    segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, token0, ot, oh,
+    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap,
+    C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
+    CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
+    KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    _, head, block, begin, count, _ = take(
+        segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
+    )
+    if count <= 0:
+        return
+    heads: tl.constexpr = R * (C if C > G else G)
+    served: tl.constexpr = G // C if G > C else 1
+    kv = head * served + tl.program_id(1)
+    tile = tl.program_id(2)
+    key_N = tl.load(starts + block) + tile * BK + tl.arange(0, BK)
+    exists_N = key_N < tl.load(starts + block + 1)
+    at_N = key_N.to(tl.int64)
+    k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
+    v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
+    for row0 in range(0, count * (M * R), BM):
+        token_M, head_M, entry_M, live_M = rows_of_choices(
+            order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
+        )
+        q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
+        dout_MV = narrow(
+            load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
+        )
+        row_M = token_M * heads + head_M
+        lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
+        delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
+        first_M = tl.load(first + token_M, mask=live_M, other=0)
+        last_M = tl.load(last + token_M, mask=live_M, other=0)
+        seen_MN = seen(first_M, last_M, key_N, exists_N)
+        capped_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
+        logits_MN = add_bias(capped_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
+        weights_MN = tl.where(seen_MN, tl.exp2(logits_MN - lse_M[:, None]), 0.0)
+        dlogits_MN = weights_MN * (product(dout_MV, tl.trans(v_NV)) - delta_M[:, None])
+        if CAP:
+            dlogits_MN *= slope_of(capped_MN, softcap)
+        dq_MD = product(narrow(dlogits_MN, k_ND.dtype), k_ND)
+        to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
+        store_rows(part, to_M * D, live_M, dq_MD, D, DP)
+
+
+@triton.jit
+def _sum(
+    part, ids, owners, dq, token0, scale,
+    C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token, head = token0 + row // H, row % H
+    group = token
+    if GROUPED:
+        group = tl.load(owners + token).to(tl.int64)
+    ids += (group * C + head // (H // C)) * N
+    at = tl.arange(0, DP)
+    acc_D = tl.zeros([DP], tl.float32)
+    for first in range(0, N * KT, TILE):
+        entry_E = first + tl.arange(0, TILE)
+        # Nobody wrote what belongs to no block.
+        block_E = tl.load(ids + entry_E // KT, mask=entry_E < N * KT, other=-1)
+        from_E = row * (N * KT) + entry_E
+        live_ED = (block_E >= 0)[:, None] & (at < D)[None, :]
+        acc_D += tl.sum(tl.load(part + from_E[:, None] * D + at[None, :], live_ED, other=0.0), 0)
+    tl.store(dq + (token * H + head) * D + at, acc_D * scale, mask=at < D)

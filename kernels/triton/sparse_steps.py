@@ -1,0 +1,123 @@
+"""Sparse steps: how kernels over chosen blocks find their rows and their keys.
+
+Shapes: M rows and N keys of a tile.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# ruff: noqa: ANN001, ANN201, D417
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .steps import LOG2E, narrow
+
+
+@triton.jit
+def load_rows(base, offset_M, live_M, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a tensor with a dense last dim; 0 where not live and beyond its size."""
+    at = tl.arange(0, PADDED)
+    live = live_M[:, None]
+    if SIZE != PADDED:
+        live = live & (at < SIZE)[None, :]
+    return tl.load(base + offset_M[:, None] + at[None, :], mask=live, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The opposite of `load_rows`."""
+    at = tl.arange(0, PADDED)
+    live = live_M[:, None]
+    if SIZE != PADDED:
+        live = live & (at < SIZE)[None, :]
+    to = base + offset_M[:, None] + at[None, :]
+    tl.store(to, narrow(rows_MD, base.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def rows_of_group(
+    groups, group, row0, unit, R: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr
+):
+    """Tokens and query heads of rows of one query group, and which of them exist."""
+    row_M = row0 + tl.arange(0, BM)
+    begin, end = group, group + 1
+    if GROUPED:
+        begin, end = tl.load(groups + group), tl.load(groups + group + 1)
+    token_M = begin + row_M // R
+    return token_M.to(tl.int64), (unit * R + row_M % R).to(tl.int64), token_M < end
+
+
+@triton.jit
+def keys_of_slots(ids, starts, j, N: tl.constexpr, L: tl.constexpr, BN: tl.constexpr):
+    """Keys of a list of blocks, laid side by side in L slots each, and which of them exist.
+
+    Args:
+        ids: The list's first number.
+        starts: Boundaries of the blocks.
+        j: First slot.
+        N: Length of the list.
+        L: At least the keys of the largest block.
+        BN: Slots to look at.
+    """
+    if L % BN == 0:
+        entry = j // L
+        within = j % L + tl.arange(0, BN)
+    else:
+        entry = (j + tl.arange(0, BN)) // L
+        within = (j + tl.arange(0, BN)) % L
+    block = tl.load(ids + entry, mask=entry < N, other=-1)
+    begin = tl.load(starts + block, mask=block >= 0, other=0)
+    end = tl.load(starts + block + 1, mask=block >= 0, other=0)
+    key_N = begin + within
+    return key_N, key_N < end
+
+
+@triton.jit
+def rows_of_choices(
+    order, groups, begin, count, row0, kv, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, M: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Tokens, query heads and list entries of rows that chose a block, and which of them exist.
+
+    Args:
+        order: Choices in the order of the blocks; see `Inverse`.
+        groups: Boundaries of the query groups.
+        begin: The first choice.
+        count: How many choices.
+        row0: The first row, counted from that choice.
+        kv: Key-value head.
+        C: Block heads, and so on: see `Shape`.
+        BM: Rows to look at.
+    """
+    row_M = row0 + tl.arange(0, BM)
+    choice_M = row_M // (M * R)
+    within_M = row_M % (M * R)
+    live_M = choice_M < count
+    flat_M = tl.load(order + begin + choice_M, mask=live_M, other=0)
+    group_M = (flat_M // (N * C)).to(tl.int32)
+    entry_M = (flat_M % N).to(tl.int32)
+    token_M = group_M
+    if GROUPED:
+        token_M = tl.load(groups + group_M, mask=live_M, other=0) + within_M // R
+        live_M = live_M & (token_M < tl.load(groups + group_M + 1, mask=live_M, other=0))
+    head_M = kv * R + within_M % R
+    if C > G:
+        head_M = ((flat_M // N) % C).to(tl.int32) * R + within_M % R
+    return token_M.to(tl.int64), head_M.to(tl.int64), entry_M, live_M
+
+
+@triton.jit
+def seen(first_M, last_M, key_N, exists_N):
+    """Which keys exist and lie in the reach of which rows, [M, N]."""
+    key_1N = key_N[None, :]
+    return exists_N[None, :] & (key_1N >= first_M[:, None]) & (key_1N < last_M[:, None])
+
+
+@triton.jit
+def add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED: tl.constexpr):
+    """Logits with the biases of their keys."""
+    if BIASED:
+        at = bias + key_N.to(tl.int64)[None, :] * bt + head_M[:, None] * bh
+        logits_MN += tl.load(at, mask=seen_MN, other=0.0).to(tl.float32) * LOG2E
+    return logits_MN
