@@ -2,7 +2,7 @@ import resource
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from longspan.kernels.attend import attend, attend_backward
 from longspan.kernels.blocks import Blocks
@@ -13,7 +13,7 @@ from support.attention_cases import assert_close_as_naive, draw_case, run_case, 
 from support.poison import poisoned
 
 
-@pytest.fixture(params=["by_block", "by_row"], scope="module")
+@pytest.fixture(params=["by_block", "by_row"])
 def order(request):
     """Both orders of the eager backend, whatever the size of the blocks; small tiles."""
     with pytest.MonkeyPatch.context() as patch:
@@ -23,7 +23,13 @@ def order(request):
         yield
 
 
-@settings(max_examples=120, deadline=None)
+ANY_ORDER = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+@settings(max_examples=120, **ANY_ORDER)
 @given(st.integers(0, 10**6))
 def test_fp64_equals_the_twin(order, seed):
     case = draw_case(seed, blocks=True)
@@ -33,7 +39,7 @@ def test_fp64_equals_the_twin(order, seed):
         torch.testing.assert_close(have, want, atol=1e-10, rtol=1e-10)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True, **ANY_ORDER)
 @given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_errors_are_those_of_the_dtype(order, seed, dtype):
     case = draw_case(seed, blocks=True, dtype=dtype, dims=(16, 16))

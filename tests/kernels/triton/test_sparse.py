@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from longspan.kernels.attend import attend
 from longspan.kernels.blocks import Blocks
@@ -16,7 +16,7 @@ from support.triton_compile import run
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(params=["by_row", "by_block"], scope="module")
+@pytest.fixture(params=["by_row", "by_block"])
 def order(request):
     """Both orders, whatever the shape; small splits and chunks."""
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +33,12 @@ def check(case, device):
     assert_close_as_naive(case, got, ways)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_errors_are_those_of_the_dtype(order, device, seed, dtype):
     check(draw_case(seed, blocks=True, dtype=dtype, longest=12, dims=(16, 9)), device)
@@ -55,8 +60,8 @@ def test_larger_blocks_and_dims(order, device, size, dims):
     # In fp32 a program holds 32 keys at most: these blocks have several tiles.
     case = next(
         x
-        for x in (draw_case(s, True, torch.float32, 50, size=size, dims=dims) for s in range(99))
-        if 60 < len(x.q) < 100 and len(x.k) == len(x.q) and x.q.shape[1] == 4
+        for x in (draw_case(s, True, torch.float32, 50, size=size, dims=dims) for s in range(200))
+        if 42 < len(x.q) < 60 and len(x.k) == len(x.q) and x.q.shape[1] == 2
     )
     check(case, device)
 
@@ -109,14 +114,12 @@ def test_same_sums_in_every_run(order, device):
 
 
 def test_few_rows_go_by_block():
-    grid, reach = Grid.documents([0, 4], 64), Reach.documents([0, 4])
     shapes = {}
     for heads, size in ((1, 64), (8, 64), (16, 64), (8, 1)):
         blocks = Blocks.choose(torch.zeros(4, 1, 2).int(), Grid.documents([0, 64], size))
         q, k = torch.zeros(4, heads, 8), torch.zeros(64, 1, 8)
         shapes[heads, size] = Shape.of(q, k, k, blocks).by_row
     assert shapes == {(1, 64): False, (8, 64): False, (16, 64): True, (8, 1): True}
-    assert len(grid) == 1 and len(reach) == 4
 
 
 @settings(max_examples=30, deadline=None)
@@ -164,6 +167,7 @@ for capability, dtype, scored, sizes in {cases!r}:
     base |= dict(segment_I="*i32", scale="fp32", softcap="fp32")
     for module, name, more in KERNELS:
         kernel, given = getattr(module, name).kernel, fixed | more
+        given.pop("part", None)
         config = module.options(given)[0]
         given = {{x: y for x, y in (given | config.kwargs).items() if x in kernel.arg_names}}
         types = base | dict(part=more.get("part", base["part"]))
