@@ -29,21 +29,24 @@ def forward(
     k, v, count = ready(k_SGD), ready(v_SGV), blocks.ids_QCN.shape[1]
     q_CTrD = _by_head(ready(q_THD) * scoring.scale, count)
     sums_CTrV = q_CTrD.new_zeros(*q_CTrD.shape[:3], v.shape[2])
-    # Sums are relative to the largest score so far.
-    total_CTr = q_CTrD.new_zeros(q_CTrD.shape[:3])
-    top_CTr = torch.full_like(total_CTr, float("-inf"))
+    # The sum of all weights and the largest score so far, which sums and weights are relative to.
+    state_CTr2 = q_CTrD.new_zeros(*q_CTrD.shape[:3], 2)
+    state_CTr2[..., 1] = float("-inf")
     for visit in visits(reach, blocks, q_CTrD, _most_rows(q_CTrD)):
         at = _Rows(visit, count, k.shape[1])
         k_gBD, v_gBV = at.keys(k), at.keys(v)
         scores_gXB, _ = _scores(at.rows(q_CTrD), k_gBD, visit, at, scoring)
-        before_gX = at.rows(top_CTr)
+        state_gX2 = at.rows(state_CTr2)
+        total_gX, before_gX = state_gX2.unbind(-1)
         top_gX = torch.maximum(before_gX, scores_gXB.amax(-1))
         weights_gXB = scores_gXB.sub_(top_gX.unsqueeze(-1)).exp_()
-        fade_gX = before_gX.sub_(top_gX).exp_()
+        fade_gX = (before_gX - top_gX).exp_()
+        total_gX.mul_(fade_gX).add_(weights_gXB.sum(-1))
+        before_gX.copy_(top_gX)
+        at.put(state_CTr2, state_gX2)
         sums_gXV = at.rows(sums_CTrV).mul_(fade_gX.unsqueeze(-1))
         at.put(sums_CTrV, sums_gXV.baddbmm_(weights_gXB, v_gBV))
-        at.put(total_CTr, at.rows(total_CTr).mul_(fade_gX).add_(weights_gXB.sum(-1)))
-        at.put(top_CTr, top_gX)
+    total_CTr, top_CTr = state_CTr2.unbind(-1)
     lse_TH = _by_row(top_CTr + total_CTr.log())
     total_CTr.masked_fill_(total_CTr == 0, 1.0)
     return _by_row(sums_CTrV.div_(total_CTr.unsqueeze(-1))), lse_TH
@@ -62,21 +65,25 @@ def backward(
     scoring: Scoring,
 ) -> Gradients:
     """Gradients in the dtype of the accumulators; see `attend_backward`."""
-    k, v, dout, count = ready(k_SGD), ready(v_SGV), ready(dout_THV), blocks.ids_QCN.shape[1]
-    delta_CTr = _by_head(delta(dout, ready(out_THV), dlse_TH), count)
-    q_CTrD = _by_head(ready(q_THD) * scoring.scale, count)
-    dout_CTrV, lse_CTr = _by_head(dout, count), _by_head(lse_TH.to(k.dtype), count)
-    dq_CTrD, dk, dv = torch.zeros_like(q_CTrD), torch.zeros_like(k), torch.zeros_like(v)
+    q, k, v, dout = (ready(x) for x in (q_THD, k_SGD, v_SGV, dout_THV))
+    count, widths = blocks.ids_QCN.shape[1], (q.shape[2], v.shape[2])
+    # Side by side, because gathering costs by the row.
+    pair_CTrX = _by_head(torch.cat([q * scoring.scale, dout], -1), count)
+    delta_TH = delta(dout, ready(out_THV), dlse_TH)
+    state_CTr2 = _by_head(torch.stack([lse_TH.to(k.dtype), delta_TH], -1), count)
+    dq_CTrD = pair_CTrX.new_zeros(*pair_CTrX.shape[:3], q.shape[2])
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     bias_SH = scoring.key_bias_SH
     dbias = None if bias_SH is None else k.new_zeros(bias_SH.shape)
-    for visit in visits(reach, blocks, q_CTrD, _most_rows(q_CTrD)):
+    for visit in visits(reach, blocks, dq_CTrD, _most_rows(dq_CTrD)):
         at = _Rows(visit, count, k.shape[1])
-        k_gBD, v_gBV, q_gXD, dout_gXV = at.keys(k), at.keys(v), at.rows(q_CTrD), at.rows(dout_CTrV)
+        k_gBD, v_gBV = at.keys(k), at.keys(v)
+        q_gXD, dout_gXV = at.rows(pair_CTrX).split(widths, -1)
+        lse_gX1, delta_gX1 = at.rows(state_CTr2).split(1, -1)
         scores_gXB, slope_gXB = _scores(q_gXD, k_gBD, visit, at, scoring)
-        weights_gXB = scores_gXB.sub_(at.rows(lse_CTr).unsqueeze(-1)).exp_()
+        weights_gXB = scores_gXB.sub_(lse_gX1).exp_()
         dv[visit.keys, at.groups] += (weights_gXB.mT @ dout_gXV).transpose(0, 1)
-        dscores_gXB = (dout_gXV @ v_gBV.mT).sub_(at.rows(delta_CTr).unsqueeze(-1))
-        dscores_gXB.mul_(weights_gXB)
+        dscores_gXB = (dout_gXV @ v_gBV.mT).sub_(delta_gX1).mul_(weights_gXB)
         if dbias is not None:
             per_head_gRB = dscores_gXB.unflatten(1, (len(visit.rows_M), -1)).sum(1)
             heads = at.heads(dbias.shape[1])
@@ -113,6 +120,8 @@ class _Rows:
         """A copy of the visit's rows, [g, X, ...]; free to write to."""
         x_Mr = x_CTr[self.visit.block_head].index_select(0, self.visit.rows_M)
         groups = self.groups.stop - self.groups.start
+        if groups == 1:
+            return x_Mr.flatten(0, 1).unsqueeze(0)
         return x_Mr.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
     def put(self, x_CTr: Tensor, part_gX: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from .sparse_shape import Inputs, Shape
-from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
+from .sparse_steps import add_bias, bounds_of, load_rows, rows_of_choices, seen, store_rows
 from .sparse_work import Work, cut, take
 from .steps import LN2, logits_of, narrow, product
 from .tuning import autotuned
@@ -159,8 +159,7 @@ def _parts(
             order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-        first_M = tl.load(first + token_M, mask=live_M, other=0)
-        last_M = tl.load(last + token_M, mask=live_M, other=0)
+        first_M, last_M = bounds_of(first, last, token_M, live_M)
         seen_MN = seen(first_M, last_M, key_N, exists_N)
         logits_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
         logits_MN = add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)

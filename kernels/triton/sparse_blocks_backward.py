@@ -16,9 +16,17 @@ from torch import Tensor
 from ..blocks import Blocks
 from .sparse_blocks import chunks, launch, row_tile
 from .sparse_shape import Inputs
-from .sparse_steps import add_bias, load_rows, rows_of_choices, seen, store_rows
+from .sparse_steps import (
+    add_bias,
+    bounds_of,
+    level_of,
+    load_rows,
+    rows_of_choices,
+    seen,
+    store_rows,
+)
 from .sparse_work import take
-from .steps import LOG2E, logits_of, narrow, product, slope_of
+from .steps import logits_of, narrow, product, slope_of
 from .tuning import autotuned
 
 
@@ -89,14 +97,12 @@ def _parts(
             load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
         )
         row_M = token_M * heads + head_M
-        lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
-        delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
-        first_M = tl.load(first + token_M, mask=live_M, other=0)
-        last_M = tl.load(last + token_M, mask=live_M, other=0)
+        level_M, delta_M = level_of(lse, delta, row_M, live_M)
+        first_M, last_M = bounds_of(first, last, token_M, live_M)
         seen_MN = seen(first_M, last_M, key_N, exists_N)
         capped_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
         logits_MN = add_bias(capped_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
-        weights_MN = tl.where(seen_MN, tl.exp2(logits_MN - lse_M[:, None]), 0.0)
+        weights_MN = tl.where(seen_MN, tl.exp2(logits_MN - level_M[:, None]), 0.0)
         dlogits_MN = weights_MN * (product(dout_MV, tl.trans(v_NV)) - delta_M[:, None])
         if CAP:
             dlogits_MN *= slope_of(capped_MN, softcap)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from .sparse_blocks import launch, row_tile
 from .sparse_shape import Inputs, Shape
-from .sparse_steps import load_rows, rows_of_choices, store_rows
+from .sparse_steps import bounds_of, level_of, load_rows, rows_of_choices, store_rows
 from .sparse_work import Work, splits_of, take
 from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
 from .tuning import autotuned
@@ -135,10 +135,8 @@ def _keys(
             load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
         )
         row_M = token_M * heads + head_M
-        lse_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
-        delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
-        first_M = tl.load(first + token_M, mask=live_M, other=0)
-        last_M = tl.load(last + token_M, mask=live_M, other=0)
+        level_M, delta_M = level_of(lse, delta, row_M, live_M)
+        first_M, last_M = bounds_of(first, last, token_M, live_M)
         seen_NM = (key_N[:, None] >= first_M[None, :]) & (key_N[:, None] < last_M[None, :])
         seen_NM = seen_NM & exists_N[:, None]
         capped_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
@@ -146,7 +144,7 @@ def _keys(
         if BIASED:
             at = bias + at_N[:, None] * bt + head_M[None, :] * bh
             logits_NM += tl.load(at, mask=seen_NM, other=0.0).to(tl.float32) * LOG2E
-        weights_NM = tl.where(seen_NM, tl.exp2(logits_NM - lse_M[None, :]), 0.0)
+        weights_NM = tl.where(seen_NM, tl.exp2(logits_NM - level_M[None, :]), 0.0)
         dv_NV = dot(narrow(weights_NM, v_NV.dtype), dout_MV, dv_NV)
         dlogits_NM = weights_NM * (product(v_NV, tl.trans(dout_MV)) - delta_M[None, :])
         if BIASED:
@@ -160,15 +158,11 @@ def _keys(
     if tl.load(end_Z + segment) - tl.load(begin_Z + segment) > split:
         slot = tl.load(slot_Z + segment) + number
         at_N = ((slot * served + tl.program_id(1)) * KT + tile) * BK + tl.arange(0, BK)
-        store_rows(dk_part, at_N * D, exists_N, dk_ND, D, DP)
-        store_rows(dv_part, at_N * V, exists_N, dv_NV, V, VP)
-        if BIASED:
-            store_rows(dbias_part, at_N * HG, exists_N, dbias_NH, HG, HP)
-    else:
-        store_rows(dk, at_N * D, exists_N, dk_ND, D, DP)
-        store_rows(dv, at_N * V, exists_N, dv_NV, V, VP)
-        if BIASED:
-            store_rows(dbias, at_N * HG, exists_N, dbias_NH, HG, HP)
+        dk, dv, dbias = dk_part, dv_part, dbias_part
+    store_rows(dk, at_N * D, exists_N, dk_ND, D, DP)
+    store_rows(dv, at_N * V, exists_N, dv_NV, V, VP)
+    if BIASED:
+        store_rows(dbias, at_N * HG, exists_N, dbias_NH, HG, HP)
 
 
 @triton.jit

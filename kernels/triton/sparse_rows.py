@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .sparse_shape import Inputs
-from .sparse_steps import add_bias, keys_of_slots, load_rows, rows_of_group, seen, store_rows
+from .sparse_steps import (
+    add_bias,
+    bounds_of,
+    keys_of_slots,
+    load_rows,
+    rows_of_group,
+    seen,
+    store_rows,
+)
 from .steps import absorb, finish, logits_of, product
 from .tuning import autotuned
 
@@ -97,8 +105,7 @@ def _forward(
     k += kv.to(tl.int64) * kh
     v += kv.to(tl.int64) * vh
     q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-    first_M = tl.load(first + token_M, mask=live_M, other=0)
-    last_M = tl.load(last + token_M, mask=live_M, other=0)
+    first_M, last_M = bounds_of(first, last, token_M, live_M)
     peak_M = tl.full([BM], float("-inf"), tl.float32)
     sum_M = tl.zeros([BM], tl.float32)
     acc_MV = tl.zeros([BM, VP], tl.float32)

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from .sparse_rows import grid, row_options
 from .sparse_shape import Inputs
-from .sparse_steps import add_bias, keys_of_slots, load_rows, rows_of_group, seen, store_rows
-from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
+from .sparse_steps import (
+    add_bias,
+    bounds_of,
+    keys_of_slots,
+    level_of,
+    load_rows,
+    rows_of_group,
+    seen,
+    store_rows,
+)
+from .steps import dot, logits_of, narrow, product, slope_of
 from .tuning import autotuned
 
 
@@ -78,10 +87,8 @@ def _queries(
     q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
     dout_MV = narrow(load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty)
     row_M = token_M * heads + head_M
-    lse_M = tl.load(lse + row_M, mask=live_M, other=0.0).to(tl.float32) * LOG2E
-    delta_M = tl.load(delta + row_M, mask=live_M, other=0.0)
-    first_M = tl.load(first + token_M, mask=live_M, other=0)
-    last_M = tl.load(last + token_M, mask=live_M, other=0)
+    level_M, delta_M = level_of(lse, delta, row_M, live_M)
+    first_M, last_M = bounds_of(first, last, token_M, live_M)
     dq_MD = tl.zeros([BM, DP], tl.float32)
     for j in range(0, N * L, BN):
         key_N, exists_N = keys_of_slots(ids, starts, j, N, L, BN)
@@ -91,7 +98,7 @@ def _queries(
         seen_MN = seen(first_M, last_M, key_N, exists_N)
         capped_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
         logits_MN = add_bias(capped_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
-        weights_MN = tl.where(seen_MN, tl.exp2(logits_MN - lse_M[:, None]), 0.0)
+        weights_MN = tl.where(seen_MN, tl.exp2(logits_MN - level_M[:, None]), 0.0)
         dlogits_MN = weights_MN * (product(dout_MV, tl.trans(v_NV)) - delta_M[:, None])
         if ATOMIC and BIASED:
             to = dbias + at_N[None, :] * heads + head_M[:, None]

@@ -121,3 +121,17 @@ def add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED: tl.constex
         at = bias + key_N.to(tl.int64)[None, :] * bt + head_M[:, None] * bh
         logits_MN += tl.load(at, mask=seen_MN, other=0.0).to(tl.float32) * LOG2E
     return logits_MN
+
+
+@triton.jit
+def bounds_of(first, last, token_M, live_M):
+    """What the reach lets each row see; nothing for rows that are not there."""
+    first_M = tl.load(first + token_M, mask=live_M, other=0)
+    return first_M, tl.load(last + token_M, mask=live_M, other=0)
+
+
+@triton.jit
+def level_of(lse, delta, row_M, live_M):
+    """The lse of each row to base 2, and its delta."""
+    level_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
+    return level_M, tl.load(delta + row_M, mask=live_M, other=0.0)

@@ -67,8 +67,8 @@ def test_bounded_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     got = align(a, b, torch.ones(2**16))
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    # The gradients are 128 MiB; each temporary of the whole in fp32 would be 128 MiB more.
-    assert grown_mib < 250, grown_mib
+    # Outputs, inputs and chunks are 250 MiB; temporaries of the whole in fp32 would be 256 more.
+    assert grown_mib < 320, grown_mib
     assert float(got.total) == 0
 
 
