@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from longspan.kernels import backends
 from longspan.kernels.attend import attend, attend_backward
@@ -55,6 +55,8 @@ def check(device, reach, keys, *, scale=SCALE, softcap=None, with_bias=False, **
 @settings(
     max_examples=20,
     deadline=None,
+    # Shrinking a failure would take the interpreter minutes.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.data())
@@ -204,11 +206,21 @@ def test_an_expanded_gradient_and_a_wide_one(device):
     assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
 
 
-def test_two_shards_merge_to_the_whole_and_their_backwards_add_up(device):
-    reach = Reach.documents([0, 30, 31, 90])
-    q, k, v = draw(device, reach, 90, dims=(8, 8))
+def by_lot():
     index = torch.randperm(90, generator=torch.Generator().manual_seed(5))
-    shards = [part.sort().values for part in (index[:30], index[30:])]
+    return Reach.documents([0, 30, 31, 90]), [index[:30].sort().values, index[30:].sort().values]
+
+
+def by_document():
+    # Every other row sees all of the later shard's first tiles, the rows between nothing of it.
+    rows = torch.stack([torch.arange(20), torch.arange(180, 200)], dim=1).flatten()
+    return Reach.documents([0, 40, 200]).rows(rows), list(torch.arange(200).split([40, 160]))
+
+
+@pytest.mark.parametrize("cut", [by_lot, by_document])
+def test_two_shards_merge_to_the_whole_and_their_backwards_add_up(device, cut):
+    reach, shards = cut()
+    q, k, v = draw(device, reach, sum(map(len, shards)), dims=(8, 8))
     parts = [(reach.keys(shard), shard.to(device)) for shard in shards]
     results = [attend(q, k[at], v[at], local, scale=SCALE) for local, at in parts]
     out, lse = merge(*results[0], *results[1])
