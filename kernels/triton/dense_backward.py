@@ -253,8 +253,7 @@ def _key_kernel(
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and the gradient of the biases, over the rows that the plan names."""
-    start = tl.program_id(0) * KEYS
-    group = tl.program_id(1)
+    start, group = tl.program_id(0) * KEYS, tl.program_id(1)
     key_N = start + tl.arange(0, KEYS)
     low, high, core_low, core_high = _planned(plan, keys, PLAN, KEYS)
     tiles, left, inside = split(low, high, core_low, core_high, ROWS)
@@ -268,10 +267,10 @@ def _key_kernel(
     for member in range(GROUP):
         head = (group * GROUP + member).to(tl.int64)
         bias_N = tl.zeros([KEYS], dtype=tl.float32)
+        dbias_N = bias_N
         if BIAS:
             at_N = bias + head * bias_head + key_N.to(tl.int64) * bias_row
             bias_N = tl.load(at_N, mask=key_N < keys, other=0.0).to(tl.float32)
-        dbias_N = tl.zeros([KEYS], dtype=tl.float32)
         for step in range(inside):
             dk_ND, dv_NV, dbias_N = _key_step(
                 dk_ND, dv_NV, dbias_N, k_ND, v_NV, bias_N, key_N, low + (left + step) * ROWS,
@@ -288,12 +287,12 @@ def _key_kernel(
                 DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, ROWS, EDGE=True,
             )  # fmt: skip
         if BIAS:
-            heads = tl.num_programs(1) * GROUP
-            tl.store(dbias + key_N.to(tl.int64) * heads + head, dbias_N, mask=key_N < keys)
-    dk += group.to(tl.int64) * DIM
-    dv += group.to(tl.int64) * VALUE_DIM
+            at_N = dbias + key_N.to(tl.int64) * (tl.num_programs(1) * GROUP) + head
+            tl.store(at_N, dbias_N, mask=key_N < keys)
     groups = tl.num_programs(1)
+    dk += group * DIM
     store_tile(dk, start, groups * DIM, keys, dk_ND * scale, KEYS, DIM, BLOCK_D)
+    dv += group * VALUE_DIM
     store_tile(dv, start, groups * VALUE_DIM, keys, dv_NV, KEYS, VALUE_DIM, BLOCK_V)
 
 

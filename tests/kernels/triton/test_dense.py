@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from longspan.kernels import backends
 from longspan.kernels.attend import attend, attend_backward
@@ -55,6 +55,8 @@ def check(device, reach, keys, *, scale=SCALE, softcap=None, with_bias=False, **
 @settings(
     max_examples=20,
     deadline=None,
+    # Shrinking a failure would take the interpreter minutes.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.data())
