@@ -108,9 +108,8 @@ def _keys(
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
     HG: tl.constexpr, HP: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    segment, head, block, begin, count, number = take(
-        segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
-    )
+    work = take(segment_I, item_Z, begin_Z, end_Z, split, blocks, segments)
+    segment, head, block, begin, count, number = work
     if segment >= segments:
         return
     heads: tl.constexpr = G * HG
@@ -131,20 +130,16 @@ def _keys(
             order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
-        dout_MV = narrow(
-            load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
-        )
+        dout_MV = load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP)
+        dout_MV = narrow(dout_MV, k.dtype.element_ty)
         row_M = token_M * heads + head_M
         level_M, delta_M = level_of(lse, delta, row_M, live_M)
         first_M, last_M = bounds_of(first, last, token_M, live_M)
-        seen_NM = (key_N[:, None] >= first_M[None, :]) & (key_N[:, None] < last_M[None, :])
-        seen_NM = seen_NM & exists_N[:, None]
         capped_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
-        logits_NM = capped_NM
-        if BIASED:
-            at = bias + at_N[:, None] * bt + head_M[None, :] * bh
-            logits_NM += tl.load(at, mask=seen_NM, other=0.0).to(tl.float32) * LOG2E
-        weights_NM = tl.where(seen_NM, tl.exp2(logits_NM - level_M[None, :]), 0.0)
+        seen_NM = exists_N[:, None] & (key_N[:, None] >= first_M[None, :])
+        seen_NM &= key_N[:, None] < last_M[None, :]
+        at_NM = at_N[:, None] * bt + head_M[None, :] * bh
+        weights_NM = _weights(capped_NM, seen_NM, level_M, bias + at_NM if BIASED else 0, BIASED)
         dv_NV = dot(narrow(weights_NM, v_NV.dtype), dout_MV, dv_NV)
         dlogits_NM = weights_NM * (product(v_NV, tl.trans(dout_MV)) - delta_M[None, :])
         if BIASED:
@@ -163,6 +158,15 @@ def _keys(
     store_rows(dv, at_N * V, exists_N, dv_NV, V, VP)
     if BIASED:
         store_rows(dbias, at_N * HG, exists_N, dbias_NH, HG, HP)
+
+
+@triton.jit
+def _weights(capped_NM, seen_NM, level_M, bias_NM, BIASED: tl.constexpr):
+    """Softmax weights of keys, from logits and pointers to biases."""
+    logits_NM = capped_NM
+    if BIASED:
+        logits_NM += tl.load(bias_NM, mask=seen_NM, other=0.0).to(tl.float32) * LOG2E
+    return tl.where(seen_NM, tl.exp2(logits_NM - level_M[None, :]), 0.0)
 
 
 @triton.jit
