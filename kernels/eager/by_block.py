@@ -27,7 +27,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, V] and lse [T, H], both in the dtype of the accumulators."""
     k, v, count = ready(k_SGD), ready(v_SGV), blocks.ids_QCN.shape[1]
-    q_CTrD = _by_head(ready(q_THD) * scoring.scale, count)
+    q_CTrD = _by_head(ready(q_THD), count, scoring.scale)
     sums_CTrV = q_CTrD.new_zeros(*q_CTrD.shape[:3], v.shape[2])
     # The sum of all weights and the largest score so far, which sums and weights are relative to.
     state_CTr2 = q_CTrD.new_zeros(*q_CTrD.shape[:3], 2)
@@ -49,7 +49,7 @@ def forward(
     total_CTr, top_CTr = state_CTr2.unbind(-1)
     lse_TH = _by_row(top_CTr + total_CTr.log())
     total_CTr.masked_fill_(total_CTr == 0, 1.0)
-    return _by_row(sums_CTrV.div_(total_CTr.unsqueeze(-1))), lse_TH
+    return _by_row(sums_CTrV, total_CTr.reciprocal().unsqueeze(-1)), lse_TH
 
 
 def backward(
@@ -68,7 +68,9 @@ def backward(
     q, k, v, dout = (ready(x) for x in (q_THD, k_SGD, v_SGV, dout_THV))
     count, widths = blocks.ids_QCN.shape[1], (q.shape[2], v.shape[2])
     # Side by side, because gathering costs by the row.
-    pair_CTrX = _by_head(torch.cat([q * scoring.scale, dout], -1), count)
+    pair_CTrX = q.new_empty(count, len(q), q.shape[1] // count, sum(widths))
+    _by_head(q, count, scoring.scale, out=pair_CTrX[..., : widths[0]])
+    _by_head(dout, count, out=pair_CTrX[..., widths[0] :])
     delta_TH = delta(dout, ready(out_THV), dlse_TH)
     state_CTr2 = _by_head(torch.stack([lse_TH.to(k.dtype), delta_TH], -1), count)
     dq_CTrD = pair_CTrX.new_zeros(*pair_CTrX.shape[:3], q.shape[2])
@@ -92,7 +94,7 @@ def backward(
             dscores_gXB.mul_(slope_gXB)
         dk[visit.keys, at.groups] += (dscores_gXB.mT @ q_gXD).transpose(0, 1)
         at.put(dq_CTrD, at.rows(dq_CTrD).baddbmm_(dscores_gXB, k_gBD))
-    return Gradients(_by_row(dq_CTrD.mul_(scoring.scale)), dk, dv, dkey_bias_SH=dbias)
+    return Gradients(_by_row(dq_CTrD, scoring.scale), dk, dv, dkey_bias_SH=dbias)
 
 
 def _most_rows(q_CTrD: Tensor) -> int:
@@ -131,14 +133,19 @@ class _Rows:
         x_CTr[self.visit.block_head].index_copy_(0, self.visit.rows_M, part_Mr)
 
 
-def _by_head(x_TH: Tensor, count: int) -> Tensor:
-    """Rows of each block head side by side in memory, [C, T, r, ...]: to be gathered often."""
-    return x_TH.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
+def _by_head(x_TH: Tensor, count: int, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Scaled rows of each block head side by side, [C, T, r, ...]: to be gathered often."""
+    x_CTr = x_TH.unflatten(1, (count, -1)).transpose(0, 1)
+    out = x_TH.new_empty(x_CTr.shape) if out is None else out
+    # Without temporaries: on a CPU the first touch of new memory costs as much as the copy.
+    return torch.mul(x_CTr, scale, out=out)
 
 
-def _by_row(x_CTr: Tensor) -> Tensor:
-    """The inverse of `_by_head`."""
-    return x_CTr.transpose(0, 1).flatten(1, 2)
+def _by_row(x_CTr: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """The inverse of `_by_head`; a scale may differ by row."""
+    out_THx = x_CTr.new_empty(x_CTr.shape[1], x_CTr.shape[0] * x_CTr.shape[2], *x_CTr.shape[3:])
+    torch.mul(x_CTr, scale, out=out_THx.unflatten(1, (len(x_CTr), -1)).transpose(0, 1))
+    return out_THx
 
 
 def _scores(
