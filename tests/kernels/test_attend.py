@@ -1,5 +1,3 @@
-import resource
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +8,7 @@ from longspan.kernels.merge import merge
 from longspan.kernels.reach import Reach
 from reference.attention import naive_attend, naive_gradients
 from reference.visibility import visible_in
+from support.memory import peak_growth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCALE = 0.3
@@ -214,12 +213,11 @@ def test_64k_tokens_in_bounded_memory():
     tokens = 2**16
     reach = Reach.documents([0, 20_000, 20_001, tokens], 256)
     q, k, v = draw(reach, tokens, heads=(1, 1), dims=(16, 16), dtype=torch.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out, lse = attend(q, k, v, reach, scale=SCALE)
-    grads = attend_backward(out, q, k, v, out, lse, reach, scale=SCALE)[:3]
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    with peak_growth() as grown:
+        out, lse = attend(q, k, v, reach, scale=SCALE)
+        grads = attend_backward(out, q, k, v, out, lse, reach, scale=SCALE)[:3]
     # One row of 64K x 64K scores in fp32 for 1024 queries alone would be 256 MiB.
-    assert grown_mib < 200, grown_mib
+    assert grown.mib < 200, grown.mib
     assert all(bool(x.isfinite().all()) for x in (out, lse, *grads))
     last = slice(tokens - 300, tokens)
     near = Reach.documents([0, tokens - 20_001], 256).rows(torch.arange(tokens - 20_001)[-300:])

@@ -1,5 +1,3 @@
-import resource
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +8,7 @@ from longspan.kernels.eager import backend, by_block, by_row
 from longspan.kernels.grid import Grid
 from longspan.kernels.reach import Reach
 from support.attention_cases import assert_close_as_naive, draw_case, run_case, twin_case
+from support.memory import peak_growth
 from support.poison import poisoned
 
 
@@ -147,11 +146,10 @@ def test_64k_tokens_in_bounded_memory():
     q, k, v = (torch.randn(tokens, 1, 16, generator=generator) for _ in range(3))
     own = torch.arange(tokens)[:, None, None] // 64
     ids = (torch.rand(tokens, 1, 15, generator=generator) * (own + 1)).long()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    blocks = Blocks.choose(torch.cat([ids, own], -1), grid)
-    out, lse = attend(q, k, v, reach, blocks, scale=0.25)
-    grads = attend_backward(out, q, k, v, out, lse, reach, blocks, scale=0.25)
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    with peak_growth() as grown:
+        blocks = Blocks.choose(torch.cat([ids, own], -1), grid)
+        out, lse = attend(q, k, v, reach, blocks, scale=0.25)
+        grads = attend_backward(out, q, k, v, out, lse, reach, blocks, scale=0.25)
     # One row of scores for each query would be 16 GiB.
-    assert grown_mib < 512, grown_mib
+    assert grown.mib < 512, grown.mib
     assert all(bool(x.isfinite().all()) for x in (out, lse, *grads[:3]))

@@ -1,4 +1,3 @@
-import resource
 from itertools import pairwise
 
 import pytest
@@ -19,6 +18,7 @@ from longspan.kernels.slots import Slots
 from longspan.kernels.top import top_ids
 from reference.indexer import naive_block_scores, naive_choice, naive_index_scores
 from reference.visibility import visible_in
+from support.memory import peak_growth
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 
@@ -245,13 +245,12 @@ def test_selection_over_64k_tokens_in_bounded_memory(monkeypatch):
     some = torch.arange(tokens - 1024, tokens)
     few = Index(index.q_TCJD[some], index.k_SED, index.weight_TCJ[some], 0.5)
     grid = Grid.documents(cu, 64)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    near = select_tokens(index, window, 64)
-    far = select_tokens(few, all_keys.rows(some), 64)
-    two = select_tokens_in_blocks(few, all_keys.rows(some), 64, grid, 8)
-    wide = select_index_blocks(few, all_keys.rows(some), grid, 16, local=1)
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown_mib < 512, grown_mib
+    with peak_growth() as grown:
+        near = select_tokens(index, window, 64)
+        far = select_tokens(few, all_keys.rows(some), 64)
+        two = select_tokens_in_blocks(few, all_keys.rows(some), 64, grid, 8)
+        wide = select_index_blocks(few, all_keys.rows(some), grid, 16, local=1)
+    assert grown.mib < 512, grown.mib
     assert near.ids_QCN.shape == (tokens, 1, 64)
     rows = torch.tensor([0, 500, 1023])
     scores = naive_index_scores(few.q_TCJD[rows], index.k_SED, few.weight_TCJ[rows], 0.5)

@@ -1,4 +1,3 @@
-import resource
 from dataclasses import replace
 
 import pytest
@@ -20,6 +19,7 @@ from reference.attention import naive_attend
 from reference.indexer import naive_block_scores, naive_index_scores
 from reference.map_loss import naive_divergence, naive_map
 from reference.visibility import chosen, visible_in
+from support.memory import peak_growth
 
 F64 = torch.float64
 
@@ -333,12 +333,11 @@ def test_16k_tokens_in_bounded_memory():
     target = AttentionMap(q, k, lse, Scoring(0.25))
     index = Index(draw(tokens, 1, 2, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32), None, 0.25)
     weight = torch.ones(tokens)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    dense, _ = index_loss(target, index, reach, grid, weight)
-    over = select_tokens(index, reach, 64)
-    sparse, _ = index_loss(target, index, reach, over, weight)
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown_mib < 512, grown_mib
+    with peak_growth() as grown:
+        dense, _ = index_loss(target, index, reach, grid, weight)
+        over = select_tokens(index, reach, 64)
+        sparse, _ = index_loss(target, index, reach, over, weight)
+    assert grown.mib < 512, grown.mib
     assert float(dense.weight) == float(sparse.weight) == tokens - 4
     assert bool((dense.rows_TC >= -1e-4).all())
 

@@ -1,4 +1,3 @@
-import resource
 from itertools import pairwise
 
 import pytest
@@ -16,6 +15,7 @@ from longspan.kernels.selection_rule import SelectionRule
 from longspan.kernels.windows import Windows
 from reference.pooling import windows_of
 from reference.selection import naive_choice, naive_lse
+from support.memory import peak_growth
 
 SCALE = 0.4
 NSA = SelectionRule(4, initial=1, local=2)
@@ -231,11 +231,10 @@ def test_64k_tokens_in_bounded_memory():
     q, k = torch.randn(tokens, 1, 16), torch.randn(tokens, 1, 16)
     windows, grid = Windows.documents([0, tokens], 32, 16), Grid.documents([0, tokens], 64)
     reach, pooled = Reach.documents([0, tokens]), pool(k, windows, "mean")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    blocks = select_blocks(q, pooled, windows, grid, reach, SelectionRule(16, 1, 2), scale=0.25)
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    with peak_growth() as grown:
+        blocks = select_blocks(q, pooled, windows, grid, reach, SelectionRule(16, 1, 2), scale=0.25)
     # All scores of windows would be 1 GiB, those of blocks 256 MiB.
-    assert grown_mib < 128, grown_mib
+    assert grown.mib < 128, grown.mib
     assert bool((blocks.ids_QCN[-1] >= 0).all())
 
 
