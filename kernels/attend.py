@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends import choose
 from .blocks import Blocks
+from .precision import wide_dtype
 from .reach import Reach
 from .request import Request
 from .scoring import Gradients, Scoring
@@ -57,7 +58,7 @@ def attend(
     compute = choose(request).forward
     if sink_H is None:
         return compute(q_THD, k_SGD, v_SGV, reach, blocks, scoring, out_dtype)
-    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    wide = wide_dtype(q_THD)
     out_THV, lse_TH = compute(q_THD, k_SGD, v_SGV, reach, blocks, scoring, wide)
     total_TH = torch.logaddexp(lse_TH, _sink(sink_H, q_THD).to(lse_TH.dtype))
     out_THV = out_THV * (lse_TH - total_TH).exp().unsqueeze(-1)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .boundaries import boundaries
 from .cuda.invert import fits, invert
 from .cuda.standing import serves
 from .grid import Grid
@@ -63,7 +64,7 @@ class Blocks:
             )
         if check and ids_QCN.numel() and int(ids_QCN.max()) >= len(grid):
             raise ValueError(f"block {int(ids_QCN.max())} is not in a grid of {len(grid)} blocks")
-        starts = None if query_starts is None else torch.as_tensor(query_starts, dtype=torch.int64)
+        starts = None if query_starts is None else boundaries(query_starts, "query groups")
         if starts is not None and len(starts) != len(ids_QCN) + 1:
             raise ValueError(f"{len(ids_QCN)} lists of blocks for {len(starts) - 1} query groups")
         ids = ids_QCN.int().sort(dim=-1).values

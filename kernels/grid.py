@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .boundaries import boundaries
 from .mirror import Mirror
 
 if TYPE_CHECKING:
@@ -33,11 +34,7 @@ class Grid:
     starts_B1: Tensor
 
     def __post_init__(self) -> None:
-        starts = self.starts_B1
-        if starts.dtype != torch.int64 or starts.device.type != "cpu" or starts.ndim != 1:
-            raise ValueError(f"grid boundaries must be int64 [B + 1] on the host, not {starts}")
-        if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-            raise ValueError(f"boundaries must ascend from 0, not {starts.tolist()[:20]}")
+        object.__setattr__(self, "starts_B1", boundaries(self.starts_B1, "boundaries of blocks"))
 
     @classmethod
     def documents(cls, cu_seqlens: Tensor | Sequence[int], size: int) -> Grid:
@@ -46,10 +43,11 @@ class Grid:
         Args:
             cu_seqlens: Boundaries of the documents, ascending from 0, on the host.
             size: Tokens in a block, at least 1.
+
+        Raises:
+            ValueError: Boundaries that do not ascend from 0, or a size below 1.
         """
-        cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
-        if not len(cu) or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must ascend from 0, not {cu.tolist()[:20]}")
+        cu = boundaries(cu_seqlens, "cu_seqlens")
         if size < 1:
             raise ValueError(f"a block holds at least 1 key, not {size}")
         counts = -(-cu.diff() // size)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .precision import wide_dtype
 from .windows import Windows
 
 How = Literal["mean", "max", "min", "weighted"]
@@ -73,8 +74,8 @@ def pool_backward(
     if dpooled_PGD.shape != (len(windows), *x_SGD.shape[1:]):
         raise ValueError(f"the gradient of {len(windows)} pooled keys of {list(x_SGD.shape[1:])} "
                          f"cannot be {list(dpooled_PGD.shape)}")  # fmt: skip
-    dpooled_PGD = dpooled_PGD.to(_wide(x_SGD))
-    dx_SGD = torch.zeros(x_SGD.shape, dtype=_wide(x_SGD), device=x_SGD.device)
+    dpooled_PGD = dpooled_PGD.to(wide_dtype(x_SGD))
+    dx_SGD = torch.zeros(x_SGD.shape, dtype=wide_dtype(x_SGD), device=x_SGD.device)
     if how == "mean":
         share_PGD = dpooled_PGD / _sizes(windows, dpooled_PGD)
         for part_SGD, _, held_S11 in _holders(share_PGD, windows):
@@ -108,19 +109,15 @@ def _check(x_SGD: Tensor, windows: Windows, how: How, weight_GL: Tensor | None) 
                          f"not {list(weight_GL.shape)}")  # fmt: skip
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _zeros(x_SGD: Tensor, windows: Windows) -> Tensor:
     shape = len(windows), *x_SGD.shape[1:]
-    return torch.zeros(shape, dtype=_wide(x_SGD), device=x_SGD.device)
+    return torch.zeros(shape, dtype=wide_dtype(x_SGD), device=x_SGD.device)
 
 
 def _sizes(windows: Windows, like: Tensor) -> Tensor:
     """Keys in each window, [P, 1, 1]."""
     sizes_P = windows.stops.on(like.device) - windows.starts.on(like.device)
-    return sizes_P.to(_wide(like))[:, None, None]
+    return sizes_P.to(wide_dtype(like))[:, None, None]
 
 
 def _sum(x_SGD: Tensor, windows: Windows) -> Tensor:

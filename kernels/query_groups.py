@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .boundaries import boundaries
 from .chunks import Chunk
 from .mirror import Mirror
 from .reach import Reach
@@ -29,11 +30,7 @@ class QueryGroups:
     starts_Q1: Tensor
 
     def __post_init__(self) -> None:
-        starts = self.starts_Q1
-        if starts.dtype != torch.int64 or starts.device.type != "cpu" or starts.ndim != 1:
-            raise ValueError(f"query groups must be int64 [Q + 1] on the host, not {starts}")
-        if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-            raise ValueError(f"query groups must ascend from 0, not {starts.tolist()[:20]}")
+        object.__setattr__(self, "starts_Q1", boundaries(self.starts_Q1, "query groups"))
 
     def __len__(self) -> int:
         return len(self.starts_Q1) - 1

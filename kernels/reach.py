@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .boundaries import boundaries
 from .mirror import Mirror
 from .pieces import RowGroup, plan_pieces
 
@@ -54,9 +55,7 @@ class Reach:
         Raises:
             ValueError: Boundaries that do not ascend from 0, or a window below 1.
         """
-        cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
-        if not len(cu) or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must ascend from 0, not {cu.tolist()[:20]}")
+        cu = boundaries(cu_seqlens, "cu_seqlens")
         if window is not None and window < 1:
             raise ValueError(f"a window holds at least the query's own token, not {window}")
         position_T = torch.arange(int(cu[-1]))

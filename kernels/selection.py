@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .backends import pooled_scorer
 from .blocks import Blocks
+from .boundaries import boundaries
 from .grid import Grid
 from .pooled import Pooled
+from .precision import wide_dtype
 from .reach import Reach
 from .selection_plan import Chunk, SelectionPlan, plan, visible
 from .selection_rule import SelectionRule
@@ -86,7 +88,7 @@ def select_blocks(
     choosers = q_THD.shape[1] if rule.heads == "none" else k_PGD.shape[1]
     shape = len(todo.starts_Q1) - 1, choosers, rule.total
     ids_QCN = torch.full(shape, -1, dtype=torch.int32, device=q_THD.device)
-    choice = _Choice(todo, rule, q_THD.device, torch.promote_types(q_THD.dtype, torch.float32))
+    choice = _Choice(todo, rule, q_THD.device, wide_dtype(q_THD))
     for chunk in todo.chunks(score.heads, score.rows, score.most):
         if chunk.blocks.start < chunk.blocks.stop:
             ids_QCN[chunk.groups] = choice(chunk, score(chunk.rows, chunk.sight))
@@ -210,11 +212,8 @@ def _check(
     if windows.keys != int(grid.starts_B1[-1]):
         raise ValueError(f"windows over {windows.keys} keys and blocks of "
                          f"{int(grid.starts_B1[-1])}")  # fmt: skip
-    if groups is None:
-        return
-    ascending = len(groups) and not int(groups[0]) and not bool((groups.diff() < 0).any())
-    if not ascending or int(groups[-1]) != len(q):
-        raise ValueError(f"query groups must ascend from 0 to {len(q)}: {groups.tolist()[:20]}")
+    if groups is not None:
+        boundaries(groups, "query groups", stop=len(q))
 
 
 def _check_lse(

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .boundaries import boundaries
 from .mirror import Mirror
 from .reach import Reach
 
@@ -52,12 +53,10 @@ class Windows:
         Raises:
             ValueError: A stride or boundaries that break these rules.
         """
-        cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
+        cu = boundaries(cu_seqlens, "cu_seqlens")
         if not 1 <= stride <= length:
             raise ValueError(f"windows of {length} tokens cannot be {stride} tokens apart: the "
                              "stride must be at least 1 and at most the length")  # fmt: skip
-        if cu.ndim != 1 or not len(cu) or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
-            raise ValueError(f"document boundaries must ascend from 0, not {cu.tolist()[:20]}")
         sizes = cu.diff()
         complete = ((sizes - length) // stride + 1).clamp(min=0)
         ends = torch.where(complete > 0, (complete - 1) * stride + length, 0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.attend import attend, attend_backward
 from ..kernels.merge import merge
+from ..kernels.precision import wide_dtype
 from ..kernels.reach import Reach
 from .layout import Layout
 from .transport import Transport
@@ -46,7 +47,7 @@ class Ring:
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Output and lse over all shards, merged in the accumulators' dtype."""
-        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        wide = wide_dtype(q_THD)
         arrivals = self._arrivals(reach, k_TGD, v_TGV)
         own, k, v = next(arrivals)
         out_THV, lse_TH = attend(q_THD, k, v, own.reach, scale=scale, out_dtype=wide)

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from ..merge import merge
 from ..pieces import Piece, RowGroup
+from ..precision import wide
 from ..reach import Reach
 from ..scoring import Gradients, Scoring
 from . import cpu, plain
@@ -96,7 +97,7 @@ def uses_flash(x: Tensor, scoring: Scoring) -> bool:
 
 def ready(x: Tensor, width: int = 0) -> Tensor:
     """`x` in the dtype of the accumulators, its last dim dense and padded with zeros to width."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = wide(x)
     if x.shape[-1] < width:
         return pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()

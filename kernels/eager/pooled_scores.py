@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import wide
 from ..reach import Reach
 from ..selection_plan import Sight, sight
 from ..selection_rule import SelectionRule
@@ -126,8 +127,7 @@ class Scorer:
 
 
 def _heads_first(k_PGD: Tensor) -> Tensor:
-    wide = torch.promote_types(k_PGD.dtype, torch.float32)
-    return k_PGD.transpose(0, 1).to(wide).contiguous()
+    return wide(k_PGD.transpose(0, 1)).contiguous()
 
 
 def _hide(scores_NW: Tensor, seen: Reach, rows: slice, near: Sight, fill: float) -> Tensor:

@@ -19,6 +19,7 @@ from reference.attention import naive_attend
 from reference.indexer import naive_block_scores, naive_index_scores
 from reference.map_loss import naive_divergence, naive_map
 from reference.visibility import chosen, visible_in
+from support.accuracy import assert_as_good_as
 from support.memory import peak_growth
 
 F64 = torch.float64
@@ -276,9 +277,7 @@ def test_it_loses_no_more_than_the_same_in_its_dtype(dtype, sparse):
     bar, _, bars = naive_loss(target, index, reach, over, weight, dtype)
     pairs = [(got.total, total, bar), *zip(grads, wants, bars, strict=True)]
     for x, want, naive in pairs:
-        error, allowed = ((y.double() - want).square().mean().sqrt() for y in (x, naive))
-        slack = 2 * torch.finfo(dtype).eps * want.square().mean().sqrt()
-        assert error <= 1.5 * allowed + slack, (error, allowed)
+        assert_as_good_as(naive, x, want)
 
 
 @pytest.mark.parametrize("size", [1, 4])

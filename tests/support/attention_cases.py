@@ -10,6 +10,7 @@ from longspan.kernels.grid import Grid
 from longspan.kernels.reach import Reach
 from reference.attention import naive_attend, naive_gradients
 from reference.visibility import chosen, visible_in
+from support.accuracy import assert_as_good_as, rms
 from torch import Tensor
 
 SCALE = 0.3
@@ -136,15 +137,6 @@ def assert_close_as_naive(case: Case, got: list[Tensor], given: list[Tensor]) ->
     terms[1] = naive_attend(case.q.abs(), case.k.abs(), case.v, case.visible, SCALE)[1]
     names = ["out", "lse", "dq", "dk", "dv", *case.learned]
     for name, have, want, plain, term in zip(names, got, wants, naive, terms, strict=True):
-        unseen = want == float("-inf")
-        assert torch.equal(have == float("-inf"), unseen), name
-        have, want, plain, term = (
-            x.double().masked_fill(unseen, 0.0) for x in (have, want, plain, term)
-        )
-        error = rms(have - want)
-        allowed = 1.5 * rms(plain - want) + 2 * eps * max(rms(want), rms(term))
-        assert error <= allowed, (name, error, allowed)
-
-
-def rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+        sizes = (rms(x[want.isfinite()]) for x in (term, want))
+        floor = 2 * eps * max(0.0, next(sizes) - next(sizes))
+        assert_as_good_as(plain, have, want, floor, name)

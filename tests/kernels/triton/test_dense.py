@@ -20,7 +20,9 @@ def draw(device, reach, keys, heads=(2, 1), dims=(5, 5), dtype=torch.float32, se
     return [torch.randn(x, generator=generator).to(device, dtype) for x in shapes]
 
 
-def check(device, reach, keys, *, scale=SCALE, softcap=None, with_bias=False, **shape):
+def assert_close_to_twin(
+    device, reach, keys, *, scale=SCALE, softcap=None, with_bias=False, **shape
+):
     """Output, lse and all gradients against the twin; the naive one has the inputs' dtype."""
     q, k, v = draw(device, reach, keys, **shape)
     learned, generator = {}, torch.Generator().manual_seed(1)
@@ -72,7 +74,7 @@ def test_any_rows_over_any_keys(device, data):
         rows = rows.sort().values
     reach = Reach.documents(cu, data.draw(st.none() | st.integers(1, 60)))
     groups = data.draw(st.integers(1, 2))
-    check(
+    assert_close_to_twin(
         device,
         reach.rows(rows).keys(keys),
         len(keys),
@@ -87,26 +89,32 @@ def test_any_rows_over_any_keys(device, data):
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(device, dtype, window):
-    check(device, Reach.documents([0, 80, 81, 110], window), 110, dtype=dtype, dims=(16, 16))
+    assert_close_to_twin(
+        device, Reach.documents([0, 80, 81, 110], window), 110, dtype=dtype, dims=(16, 16)
+    )
 
 
 @pytest.mark.parametrize("window", [None, 130])
 def test_a_chunk_of_rows_whose_intervals_end_just_before_a_tile_does(device, window):
     # Row 126 sees keys 0 to 126: one less than fills tiles of any size. The last tile of rows has
     # two, so that with a window just one key comes before those that both see.
-    check(device, Reach.documents([0, 160], window).rows(torch.arange(126, 160)), 160)
+    assert_close_to_twin(
+        device, Reach.documents([0, 160], window).rows(torch.arange(126, 160)), 160
+    )
 
 
 @pytest.mark.parametrize(
     "dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (64, 256)], ids=str
 )
 def test_head_dims(device, dims):
-    check(device, Reach.documents([0, 50]), 50, dtype=torch.bfloat16, dims=dims, scale=0.1)
+    assert_close_to_twin(
+        device, Reach.documents([0, 50]), 50, dtype=torch.bfloat16, dims=dims, scale=0.1
+    )
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (8, 1)], ids=str)
 def test_query_heads_share_key_value_heads(device, heads):
-    check(device, Reach.documents([0, 40]), 40, heads=heads)
+    assert_close_to_twin(device, Reach.documents([0, 40]), 40, heads=heads)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -114,13 +122,13 @@ def test_query_heads_share_key_value_heads(device, heads):
 def test_scores(device, softcap, with_bias):
     reach = Reach.documents([0, 20, 90], 60)
     shape = {"dtype": torch.bfloat16, "heads": (2, 2)}
-    check(device, reach, 90, softcap=softcap, with_bias=with_bias, **shape)
+    assert_close_to_twin(device, reach, 90, softcap=softcap, with_bias=with_bias, **shape)
 
 
 @pytest.mark.parametrize("scale", [0.0, 30.0])
 def test_flat_and_steep_scores(device, scale):
     # Not in fp32: an lse of 200 is rounded to 1.5e-5, and with it the backward's weights.
-    check(device, Reach.documents([0, 60]), 60, scale=scale, dtype=torch.float16)
+    assert_close_to_twin(device, Reach.documents([0, 60]), 60, scale=scale, dtype=torch.float16)
 
 
 def test_a_bias_of_minus_infinity_hides_a_key(device):
@@ -151,13 +159,13 @@ def test_rows_that_see_nothing(device, rows):
     out, lse = attend(q, k, v, reach, scale=SCALE)
     blind = (reach.first_T >= reach.last_T).to(device)
     assert not bool(out[blind].any()) and bool((lse[blind] == float("-inf")).all())
-    check(device, reach, 30, dtype=torch.bfloat16)
+    assert_close_to_twin(device, reach, 30, dtype=torch.bfloat16)
 
 
 def test_no_keys_and_no_rows(device):
     for reach, keys in ((Reach.documents([0, 8]).keys(torch.arange(0)), 0),
                         (Reach.documents([0]), 0), (Reach.documents([0]), 7)):  # fmt: skip
-        check(device, reach, keys, with_bias=True)
+        assert_close_to_twin(device, reach, keys, with_bias=True)
 
 
 def test_keys_that_nobody_sees_are_not_read(device):

@@ -46,7 +46,7 @@ class Case:
         return scorer(rows, sight(self.seen, rows))
 
 
-def check(case, rows, rule, **options):
+def assert_equals_eager(case, rows, rule, **options):
     got = case.scores(triton, rows, rule, **options)
     want = case.scores(eager, rows, rule, dtype=torch.float64, **options)
     assert got.dtype == torch.float32
@@ -58,13 +58,13 @@ def check(case, rows, rule, **options):
 def test_scores_equal_the_eager_ones(rule, heads):
     case = Case([45, 3, 0, 1, 41], heads)
     for rows in (slice(0, 90), slice(30, 67), slice(46, 47)):
-        check(case, rows, rule)
+        assert_equals_eager(case, rows, rule)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dims_and_dtypes(dim, dtype):
-    check(Case([80], (4, 2), dim, dtype), slice(10, 75), RULES[0])
+    assert_equals_eager(Case([80], (4, 2), dim, dtype), slice(10, 75), RULES[0])
 
 
 def test_a_window_over_keys_and_rows_in_any_order():
@@ -73,15 +73,15 @@ def test_a_window_over_keys_and_rows_in_any_order():
     case.q, case.reach = case.q[order.to(DEVICE)], case.reach.rows(order)
     case.seen = case.windows.reach(case.reach)
     for rule in RULES:
-        check(case, slice(0, 90), rule)
+        assert_equals_eager(case, slice(0, 90), rule)
 
 
 def test_a_given_lse_and_that_of_coarser_keys():
     case = Case([70, 9, 41], (4, 2))
     lse = torch.randn(case.q.shape[:2], generator=torch.Generator().manual_seed(3)).to(DEVICE)
     for rows in (slice(0, 120), slice(60, 100)):
-        check(case, rows, RULES[0], lse=lse)
-        check(case, rows, RULES[1], coarse=case.coarse_k)
+        assert_equals_eager(case, rows, RULES[0], lse=lse)
+        assert_equals_eager(case, rows, RULES[1], coarse=case.coarse_k)
 
 
 def test_the_lse_equals_the_twin():

@@ -27,7 +27,7 @@ def order(request):
         yield request.param
 
 
-def check(case, device):
+def assert_close_to_twin(case, device):
     with poisoned():
         got, ways = run_case(case, device)
     assert_close_as_naive(case, got, ways)
@@ -41,7 +41,9 @@ def check(case, device):
 )
 @given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_errors_are_those_of_the_dtype(order, device, seed, dtype):
-    check(draw_case(seed, blocks=True, dtype=dtype, longest=12, dims=(16, 9)), device)
+    assert_close_to_twin(
+        draw_case(seed, blocks=True, dtype=dtype, longest=12, dims=(16, 9)), device
+    )
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -50,7 +52,9 @@ def test_tiny_blocks_by_atomics(device, seed, size):
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        check(draw_case(seed, blocks=True, dtype=torch.float32, longest=12, size=size), device)
+        assert_close_to_twin(
+            draw_case(seed, blocks=True, dtype=torch.float32, longest=12, size=size), device
+        )
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
@@ -63,7 +67,7 @@ def test_larger_blocks_and_dims(order, device, size, dims):
         for x in (draw_case(s, True, torch.float32, 50, size=size, dims=dims) for s in range(200))
         if 42 < len(x.q) < 60 and len(x.k) == len(x.q) and x.q.shape[1] == 2
     )
-    check(case, device)
+    assert_close_to_twin(case, device)
 
 
 def test_heads_first_layouts(order, device):
@@ -71,7 +75,7 @@ def test_heads_first_layouts(order, device):
     for name in ("q", "k", "v"):
         x = getattr(case, name)
         setattr(case, name, x.transpose(0, 1).contiguous().transpose(0, 1))
-    check(case, device)
+    assert_close_to_twin(case, device)
 
 
 def test_every_query_group_size_and_head_ratio(order, device):
@@ -94,7 +98,7 @@ def test_every_query_group_size_and_head_ratio(order, device):
         ids_TGN = blocks.ids_QCN[group_T].repeat_interleave(heads // groups, 1)
         chosen_HTS = (ids_TGN[..., None] == block_S).any(2).transpose(0, 1)
         case.visible = chosen_HTS & seen
-        check(case, device)
+        assert_close_to_twin(case, device)
 
 
 @pytest.mark.parametrize("tokens, keys, count", [(0, 8, 1), (8, 0, 1), (8, 8, 0)])
