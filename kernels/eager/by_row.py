@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..reach import Reach
 from ..scoring import Gradients, Scoring
+from ..slots import Slots
 from .dense import delta, ready
 
 # Elements of the gathered keys that exist at once.
@@ -100,27 +101,18 @@ def backward(
 
 def _tiles(q_THD: Tensor, k_SGD: Tensor, reach: Reach, blocks: Blocks) -> Iterator[Tile]:
     """Every row of every block head in one tile."""
-    device, size = q_THD.device, max(1, blocks.grid.largest)
     heads, groups, count = q_THD.shape[1], k_SGD.shape[1], blocks.ids_QCN.shape[1]
-    starts_B1 = blocks.grid.mirror.on(device).long()
-    first_T, last_T = reach.first.on(device), reach.last.on(device)
-    group_T = None if blocks.group_T is None else blocks.group_T.on(device)
-    width = blocks.ids_QCN.shape[2] * size * max(1, groups // count) * q_THD.shape[2]
-    step = max(1, MAX_GATHERED // max(1, width))
+    keys = blocks.ids_QCN.shape[2] * max(1, blocks.grid.largest)
+    step = max(1, MAX_GATHERED // max(1, keys * max(1, groups // count) * q_THD.shape[2]))
     for start in range(0, len(q_THD), step):
-        rows = slice(start, start + step)
-        ids_MCN = blocks.ids_QCN[rows if group_T is None else group_T[rows].long()].long()
-        begin_MCN, end_MCN = starts_B1[ids_MCN.clamp(min=0)], starts_B1[ids_MCN.clamp(min=0) + 1]
-        keys_MCL = (begin_MCN.unsqueeze(-1) + torch.arange(size, device=device)).flatten(2)
-        end_MCL = end_MCN.masked_fill(ids_MCN < 0, 0).repeat_interleave(size, dim=2)
-        seen_MCL = (keys_MCL < end_MCL) & (keys_MCL >= first_T[rows, None, None])
-        seen_MCL &= keys_MCL < last_T[rows, None, None]
-        keys_MCL = keys_MCL.masked_fill(~seen_MCL, 0)
+        slots = Slots.chosen(slice(start, min(start + step, len(q_THD))), blocks, reach)
+        assert isinstance(slots.keys, Tensor)
         for at in range(count):
             first = at * groups // count
             query_heads = slice(at * heads // count, (at + 1) * heads // count)
             key_heads = slice(first, first + max(1, groups // count))
-            yield Tile(rows, query_heads, key_heads, keys_MCL[:, at], seen_MCL[:, at])
+            seen_ML = slots.seen_CMUZ[at].flatten(1)
+            yield Tile(slots.rows, query_heads, key_heads, slots.keys[at], seen_ML)
 
 
 def _rows(x: Tensor, tile: Tile) -> Tensor:
