@@ -30,6 +30,7 @@ class Alignment(NamedTuple):
     db_THV: Tensor
 
 
+@torch.no_grad()
 def align(
     a_THV: Tensor,
     b_THV: Tensor,

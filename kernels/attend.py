@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .backends import choose
 from .blocks import Blocks
-from .precision import wide_dtype
+from .precision import finite, wide_dtype
 from .reach import Reach
 from .request import Request
 from .scoring import Gradients, Scoring
 
 
+@torch.no_grad()
 def attend(
     q_THD: Tensor,
     k_SGD: Tensor,
@@ -61,10 +62,11 @@ def attend(
     wide = wide_dtype(q_THD)
     out_THV, lse_TH = compute(q_THD, k_SGD, v_SGV, reach, blocks, scoring, wide)
     total_TH = torch.logaddexp(lse_TH, _sink(sink_H, q_THD).to(lse_TH.dtype))
-    out_THV = out_THV * (lse_TH - total_TH).exp().unsqueeze(-1)
+    out_THV = out_THV * (lse_TH - finite(total_TH)).exp().unsqueeze(-1)
     return out_THV.to(out_dtype), total_TH
 
 
+@torch.no_grad()
 def attend_backward(
     dout_THV: Tensor,
     q_THD: Tensor,
@@ -116,7 +118,7 @@ def attend_backward(
     )
     if sink_H is None:
         return grads
-    weight_TH = (_sink(sink_H, q_THD).to(lse_TH.dtype) - lse_TH).exp()
+    weight_TH = (_sink(sink_H, q_THD).to(lse_TH.dtype) - finite(lse_TH)).exp()
     # The sink's value is 0: its score has the gradient weight * (0 - dout . out + dlse).
     delta_TH = (dout_THV.to(lse_TH.dtype) * out_THV.to(lse_TH.dtype)).sum(-1)
     if dlse_TH is not None:

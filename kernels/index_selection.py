@@ -30,6 +30,7 @@ TILE_KEYS = 2**13
 SCORE = 4
 
 
+@torch.no_grad()
 def select_tokens(
     index: Index, reach: Reach, count: int, *, elements: int = MAX_ELEMENTS
 ) -> Blocks:
@@ -55,6 +56,7 @@ def select_tokens(
     return select_index_blocks(index, reach, grid, count, elements=elements)
 
 
+@torch.no_grad()
 def select_index_blocks(
     index: Index,
     reach: Reach,
@@ -99,6 +101,7 @@ def select_index_blocks(
     return _choose(score, index, reach, grid, count, elements)
 
 
+@torch.no_grad()
 def select_tokens_in_blocks(
     index: Index,
     reach: Reach,

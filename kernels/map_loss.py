@@ -43,6 +43,7 @@ class MapLoss(NamedTuple):
     rows_TC: Tensor
 
 
+@torch.no_grad()
 def index_loss(
     target: AttentionMap,
     index: Index,
@@ -79,6 +80,7 @@ def index_loss(
     return _loss(target, _Indexed(index, elements), reach, over, weight_T, elements)
 
 
+@torch.no_grad()
 def gate_loss(
     target: AttentionMap,
     gate: Gate,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .cuda.merge import fits
 from .cuda.merge import merge_parts as cuda_merge_parts
 from .cuda.standing import serves
+from .precision import finite
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,8 +24,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
         lse_b: Its lse.
     """
     lse = torch.logaddexp(lse_a, lse_b)
-    # -inf minus -inf is NaN; any finite stand-in gives weight 0 to a side that saw nothing.
-    weight_b = (lse_b - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
+    weight_b = (lse_b - finite(lse)).exp()
     return torch.lerp(out_a, out_b, weight_b.unsqueeze(-1)), lse
 
 

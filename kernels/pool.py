@@ -19,6 +19,7 @@ How = Literal["mean", "max", "min", "weighted"]
 """How the keys of a window become one; `weighted` is a sum with learned weights."""
 
 
+@torch.no_grad()
 def pool(x_SGD: Tensor, windows: Windows, how: How, weight_GL: Tensor | None = None) -> Tensor:
     """Each window's keys as one. Not differentiable; see `pool_backward`.
 
@@ -48,6 +49,7 @@ def pool(x_SGD: Tensor, windows: Windows, how: How, weight_GL: Tensor | None = N
     return pooled.to(x_SGD.dtype)
 
 
+@torch.no_grad()
 def pool_backward(
     dpooled_PGD: Tensor,
     x_SGD: Tensor,

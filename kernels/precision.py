@@ -16,6 +16,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def finite(lse: Tensor) -> Tensor:
+    """An lse with 0 where it is -inf, because -inf minus -inf is NaN."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
+
+
 def wide_zeros(x: Tensor) -> Tensor:
     """Zeros of the shape of `x` to accumulate in."""
     return torch.zeros_like(x, dtype=wide_dtype(x))

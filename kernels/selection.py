@@ -29,6 +29,7 @@ from .windows import Windows
 LAST = torch.finfo(torch.float32).min
 
 
+@torch.no_grad()
 def select_blocks(
     q_THD: Tensor,
     k_PGD: Tensor,

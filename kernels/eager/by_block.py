@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Blocks
+from ..precision import finite
 from ..reach import Reach
 from ..scoring import Gradients, Scoring
 from .dense import delta, ready
@@ -39,8 +40,10 @@ def forward(
         state_gX2 = at.rows(state_CTr2)
         total_gX, before_gX = state_gX2.unbind(-1)
         top_gX = torch.maximum(before_gX, scores_gXB.amax(-1))
-        weights_gXB = scores_gXB.sub_(top_gX.unsqueeze(-1)).exp_()
-        fade_gX = (before_gX - top_gX).exp_()
+        # A bias may hide all that a row has seen so far.
+        level_gX = finite(top_gX)
+        weights_gXB = scores_gXB.sub_(level_gX.unsqueeze(-1)).exp_()
+        fade_gX = (before_gX - level_gX).exp_()
         total_gX.mul_(fade_gX).add_(weights_gXB.sum(-1))
         before_gX.copy_(top_gX)
         at.put(state_CTr2, state_gX2)
@@ -72,7 +75,7 @@ def backward(
     _by_head(q, count, scoring.scale, out=pair_CTrX[..., : widths[0]])
     _by_head(dout, count, out=pair_CTrX[..., widths[0] :])
     delta_TH = delta(dout, ready(out_THV), dlse_TH)
-    state_CTr2 = _by_head(torch.stack([lse_TH.to(k.dtype), delta_TH], -1), count)
+    state_CTr2 = _by_head(torch.stack([finite(lse_TH.to(k.dtype)), delta_TH], -1), count)
     dq_CTrD = pair_CTrX.new_zeros(*pair_CTrX.shape[:3], q.shape[2])
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     bias_SH = scoring.key_bias_SH

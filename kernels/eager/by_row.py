@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Blocks
+from ..precision import finite
 from ..reach import Reach
 from ..scoring import Gradients, Scoring
 from ..slots import Slots
@@ -53,8 +54,7 @@ def forward(
     for tile in _tiles(q, k, reach, blocks):
         scores_MgRL, _ = _scores(q, k, tile, scoring)
         lse_MgR = scores_MgRL.logsumexp(-1)
-        safe = lse_MgR.masked_fill(lse_MgR == float("-inf"), 0.0)
-        weights_MgRL = scores_MgRL.sub_(safe.unsqueeze(-1)).exp_()
+        weights_MgRL = scores_MgRL.sub_(finite(lse_MgR).unsqueeze(-1)).exp_()
         out_MgRV = weights_MgRL @ _gather(v, tile)
         out_THV[tile.rows, tile.heads] = out_MgRV.flatten(1, 2)
         lse_TH[tile.rows, tile.heads] = lse_MgR.flatten(1, 2)
@@ -75,8 +75,7 @@ def backward(
 ) -> Gradients:
     """Gradients in the dtype of the accumulators; see `attend_backward`."""
     q, k, v, dout, out = (ready(x) for x in (q_THD, k_SGD, v_SGV, dout_THV, out_THV))
-    delta_TH, lse_TH = delta(dout, out, dlse_TH), lse_TH.to(q.dtype)
-    lse_TH = lse_TH.masked_fill(lse_TH == float("-inf"), 0.0)
+    delta_TH, lse_TH = delta(dout, out, dlse_TH), finite(lse_TH.to(q.dtype))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     bias_SH = scoring.key_bias_SH
     dbias = None if bias_SH is None else q.new_zeros(bias_SH.shape)

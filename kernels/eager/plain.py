@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..precision import finite
 from ..scoring import Scoring
 
 # Scores that exist at once, over all heads.
@@ -36,7 +37,7 @@ def forward(
         mask = _tile_mask(rows, keys, causal, mask_TS, q_THD)
         scores_GNS, _ = _scores(q_THD[rows], k_SGD[:keys], mask, scoring)
         lse_GN = scores_GNS.logsumexp(-1, keepdim=True)
-        weights_GNS = scores_GNS.sub_(_finite(lse_GN)).exp_()
+        weights_GNS = scores_GNS.sub_(finite(lse_GN)).exp_()
         out_THV[rows] = _ungroup(weights_GNS @ v_SGV[:keys].transpose(0, 1), rows)
         lse_TH[rows] = _ungroup(lse_GN, rows).squeeze(-1)
     return out_THV, lse_TH
@@ -76,7 +77,7 @@ def backward(
     for rows, keys in _tiles(q_THD, k_SGD, causal):
         mask = _tile_mask(rows, keys, causal, mask_TS, q_THD)
         k_GSD, v_GSV = k_SGD[:keys].transpose(0, 1), v_SGV[:keys].transpose(0, 1)
-        lse_GN1 = _finite(_group(lse_TH[rows].unsqueeze(-1), groups))
+        lse_GN1 = finite(_group(lse_TH[rows].unsqueeze(-1), groups))
         delta_GN1 = _group(delta_TH[rows].unsqueeze(-1), groups)
         dout_GNV = _group(dout_THV[rows], groups)
         scores_GNS, slope_GNS = _scores(q_THD[rows], k_SGD[:keys], mask, scoring)
@@ -136,11 +137,6 @@ def _scores(
     if mask_TS is not None:
         scores_GRTS.add_(mask_TS)
     return scores_GNS, slope_GNS
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """The lse with 0 where nothing is seen: -inf minus -inf is NaN."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _group(x_THD: Tensor, groups: int) -> Tensor:

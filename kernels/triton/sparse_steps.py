@@ -134,4 +134,6 @@ def bounds_of(first, last, token_M, live_M):
 def level_of(lse, delta, row_M, live_M):
     """The lse of each row to base 2, and its delta."""
     level_M = tl.load(lse + row_M, mask=live_M, other=0.0) * LOG2E
+    # Where biases hide all that a row sees, -inf minus -inf would be NaN.
+    level_M = tl.where(level_M == float("-inf"), 0.0, level_M)
     return level_M, tl.load(delta + row_M, mask=live_M, other=0.0)

@@ -33,6 +33,7 @@ def naive_attend(
         scores_HTS = torch.cat([scores_HTS, sink_HT1], dim=-1)
         visible_HTS = torch.cat([visible_HTS, torch.ones_like(sink_HT1, dtype=torch.bool)], dim=-1)
         v = torch.cat([v, v.new_zeros(1, *v.shape[1:])])
+    visible_HTS = visible_HTS & (scores_HTS > float("-inf"))  # biases and sinks hide as well
     seen_HT1 = visible_HTS.any(dim=-1, keepdim=True)
     # Rows that see nothing go through a uniform softmax first, so that no gradient is NaN.
     safe_HTS = scores_HTS.masked_fill(~visible_HTS, float("-inf")).masked_fill(~seen_HT1, 0.0)

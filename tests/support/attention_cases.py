@@ -69,8 +69,11 @@ def draw_case(seed: int, blocks: bool, dtype=torch.float64, longest: int = 60, *
         case.softcap = pick.choice([None, None, 2.0])
         if pick.random() < 0.3:
             case.learned["sink_H"] = normal(heads)
+            case.learned["sink_H"][0] = pick.choice([0.5, float("-inf")])
         if pick.random() < 0.3:
-            case.learned["key_bias_SH"] = normal(len(kept), heads)
+            bias_SH = case.learned["key_bias_SH"] = normal(len(kept), heads)
+            hidden = pick.choice([0.0, 0.0, 0.3, 0.9])
+            bias_SH[torch.rand(bias_SH.shape, generator=draw) < hidden] = float("-inf")
         case.dlse = pick.random() < 0.7
     return case
 
