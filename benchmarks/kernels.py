@@ -96,6 +96,7 @@ class Bench:
         """Times a forward and, with what it gave, a backward."""
         row = Row(name, self.length, pairs=pairs)
         flops = 4 * self.args.dim * self.args.heads * pairs
+        given = None
         try:
             self._reset()
             row.forward_ms, given = self._time(forward)
@@ -104,8 +105,8 @@ class Bench:
                 row.backward_ms, _ = self._time(lambda: backward(given))
                 row.backward_tflops = 2.5 * flops / row.backward_ms / 1e9
             row.peak_gib = self._peak()
-        except (RuntimeError, ValueError) as error:
-            row.error = str(error).splitlines()[0][:160]
+        except Exception as error:  # whatever a library's compiler raises: the other rows go on
+            row.error = (str(error) or type(error).__name__).splitlines()[0][:160]
         print(line(row), flush=True)
         return row
 
@@ -113,21 +114,29 @@ class Bench:
         """`attend` and its backward; by the table's choice or by a backend's name."""
         inputs = self.q, self.k, self.v
         asked = nullcontext() if name == "longspan" else use(name.removeprefix("longspan "))
+        kept: dict[int, Any] = {}
+
+        def forward() -> tuple[Tensor, Tensor]:
+            if blocks is not None:
+                blocks.inverses.clear()
+            given = attend(*inputs, reach, blocks, scale=self.scale)
+            if blocks is not None:
+                kept.update(blocks.inverses)
+            return given
 
         def backward(given: tuple[Tensor, Tensor]) -> Any:
+            if blocks is not None:  # each pays for what its forward has not left behind
+                blocks.inverses.clear()
+                blocks.inverses.update(kept)
             return attend_backward(self.dout, *inputs, *given, reach, blocks, scale=self.scale)
 
         with asked:
-            return self.row(
-                f"{title}{name}",
-                pairs,
-                lambda: attend(*inputs, reach, blocks, scale=self.scale),
-                backward,
-            )
+            return self.row(f"{title}{name}", pairs, forward, backward)
 
     def _time(self, run: Callable[[], Any]) -> tuple[float, Any]:
         given = run()  # warms up, and compiles
         self._wait()
+        given = None  # a second result beside the first would count as memory that the call needs
         begun = time.perf_counter()
         given = run()
         self._wait()
@@ -135,6 +144,7 @@ class Bench:
         repeats = max(1, min(self.args.repeats, int(self.args.seconds / max(once, 1e-6))))
         times = [once]
         for _ in range(repeats):
+            given = None
             begun = time.perf_counter()
             given = run()
             self._wait()
@@ -195,15 +205,14 @@ def peers(bench: Bench) -> Iterator[Row]:
 
 
 def backends(bench: Bench, reach: Reach, blocks: Blocks | None) -> list[str]:
-    """The table's choice, and every other backend that can serve the call at full speed."""
+    """The table's choice, and every other backend made for the device that can serve the call."""
+    if bench.device.type != "cuda":
+        return ["longspan"]
     request = Request.of(bench.q, bench.k, bench.v, reach, blocks, Scoring(bench.scale))
+    made = [b for b in TABLE if b.name != "eager" and b.refuses(request) is None]
     chosen = choose(request)
-    names = ["longspan"]
-    for backend in TABLE:
-        others = backend.refuses(request) is None and backend.load() is not chosen
-        if others and bench.device.type == "cuda" and backend.name != "eager":
-            names.append(f"longspan {backend.name}")
-    return names
+    names = [f"longspan {b.name}" for b in made if b.load() is not chosen]
+    return names if len(names) == len(made) else ["longspan", *names]
 
 
 def dense(bench: Bench) -> Iterator[Row]:
@@ -219,26 +228,40 @@ def dense(bench: Bench) -> Iterator[Row]:
             yield bench.ours(kind, name, reach, None, reach.area())
 
 
-def random_blocks(bench: Bench) -> tuple[Reach, Blocks, int]:
-    """Per token and key-value head the first block, its own and 14 at random of those before."""
-    n, groups = bench.length, bench.k.shape[1]
+def random_blocks(bench: Bench) -> tuple[Reach, Blocks]:
+    """Per token and key-value head the first block, its own and 14 at random of those between.
+
+    One from each of 14 runs of blocks, so that none is drawn twice.
+    """
+    n, groups, drawn = bench.length, bench.k.shape[1], CHOSEN - 2
     own_T11 = (torch.arange(n) // BLOCK)[:, None, None]
+    edges_T1N = torch.arange(drawn + 1) * (own_T11 - 1).clamp(min=0) // drawn
+    sizes_T1N = edges_T1N.diff()
     draw = torch.Generator().manual_seed(1)
-    random = torch.rand(n, groups, CHOSEN - 2, generator=draw)
-    ids = (random * (own_T11 + 1)).long()
+    ids = (
+        1 + edges_T1N[..., :-1] + (torch.rand(n, groups, drawn, generator=draw) * sizes_T1N).long()
+    )
+    ids = ids.masked_fill(sizes_T1N == 0, -1)
     fixed = torch.cat([torch.zeros_like(own_T11), own_T11], -1).expand(n, groups, 2)
     blocks = Blocks.choose(torch.cat([ids, fixed], -1), Grid.documents([0, n], BLOCK))
-    whole = ((blocks.ids_QCN >= 0) & (blocks.ids_QCN < own_T11)).sum() * BLOCK
-    pairs = int(whole / groups) + int((torch.arange(n) % BLOCK + 1).sum())
-    moved = Blocks(blocks.ids_QCN.to(bench.device), blocks.grid)
-    return Reach.documents([0, n]), moved, pairs
+    return Reach.documents([0, n]), Blocks(blocks.ids_QCN.to(bench.device), blocks.grid)
+
+
+def pairs_of(blocks: Blocks) -> int:
+    """Visible pairs of a head in one causal document."""
+    ids_TCN = blocks.ids_QCN
+    at_T = torch.arange(len(ids_TCN), device=ids_TCN.device)
+    own_T11 = (at_T // BLOCK)[:, None, None]
+    whole = int(((ids_TCN >= 0) & (ids_TCN < own_T11)).sum()) * BLOCK
+    seen_T11 = (at_T % BLOCK + 1)[:, None, None]
+    return (whole + int(((ids_TCN == own_T11) * seen_T11).sum())) // ids_TCN.shape[1]
 
 
 def sparse(bench: Bench) -> Iterator[Row]:
     """Attention over 16 chosen blocks of 64, choosing them with 32/16 pooling, and both."""
-    reach, blocks, pairs = random_blocks(bench)
+    reach, blocks = random_blocks(bench)
+    pairs = pairs_of(blocks)
     for name in backends(bench, reach, blocks):
-        blocks.inverses.clear()  # each pays for its own
         yield bench.ours("selected ", name, reach, blocks, pairs)
     windows = Windows.documents([0, bench.length], 32, 16)
     rule = SelectionRule(CHOSEN, initial=1, local=2)
@@ -258,7 +281,8 @@ def sparse(bench: Bench) -> Iterator[Row]:
         inputs = bench.dout, bench.q, bench.k, bench.v, *given[1], reach, given[0]
         return attend_backward(*inputs, scale=bench.scale)
 
-    yield bench.row("selection and attention longspan", pairs, forward, backward)
+    chosen = pairs_of(select())
+    yield bench.row("selection and attention longspan", chosen, forward, backward)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -266,11 +290,11 @@ def ceilings(device: torch.device) -> dict[str, float]:
     cuda = device.type == "cuda"
     size = 8192 if cuda else 2048
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    big = torch.empty(2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
+    big, other = torch.ones(2, 2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
     found = {}
     jobs = {
         "matmul_tflops": (lambda: a @ a, 2 * size**3 / 1e12),
-        "copy_gb_per_s": (big.clone, 2 * len(big) / 1e9),
+        "copy_gb_per_s": (lambda: other.copy_(big), 2 * len(big) / 1e9),
     }
     for name, (run, amount) in jobs.items():
         run()
@@ -354,19 +378,6 @@ def main() -> None:
     device = torch.device(args.device)
     names = "forward ms", "back ms", "TFLOP/s", "back", "peak GiB"
     print(f"{'length':>8} {'':<36}{' '.join(format(name, '>9') for name in names)}")
-    results = []
-    for groups in args.groups:
-        rows: list[Row] = []
-        for length in args.lengths:
-            bench = Bench(args, length, groups)
-            if length <= args.skip_dense_above:
-                rows += [*peers(bench), *dense(bench)]
-            rows += sparse(bench)
-        found = ratios(rows)
-        for ratio in found:
-            shown = " ".join(f"{k} {v:.2f}x" for k, v in ratio.items() if isinstance(v, float))
-            print(f"{ratio['length']:>8} {ratio['name']:<36}{shown}")
-        results.append({"groups": groups, "rows": [asdict(r) for r in rows], "ratios": found})
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     about = {
         "device": name,
@@ -379,8 +390,24 @@ def main() -> None:
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "ceilings": ceilings(device),
     }
-    if args.out:
-        args.out.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+    results = []
+    for groups in args.groups:
+        rows: list[Row] = []
+        result: dict[str, Any] = {"groups": groups}
+        results.append(result)
+        for length in args.lengths:
+            rows += measured(Bench(args, length, groups), length <= args.skip_dense_above)
+            result |= {"rows": [asdict(row) for row in rows], "ratios": ratios(rows)}
+            if args.out:  # what is measured stays, whatever happens to the rest
+                args.out.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+        for ratio in result["ratios"]:
+            shown = " ".join(f"{k} {v:.2f}x" for k, v in ratio.items() if isinstance(v, float))
+            print(f"{ratio['length']:>8} {ratio['name']:<36}{shown}")
+
+
+def measured(bench: Bench, with_dense: bool) -> list[Row]:
+    """All rows of a shape."""
+    return [*peers(bench), *dense(bench), *sparse(bench)] if with_dense else [*sparse(bench)]
 
 
 if __name__ == "__main__":

@@ -278,7 +278,8 @@ def _key_kernel(
                 delta + head * rows, first, last, q_row, dout_row, high, scale, softcap,
                 DIM, BLOCK_D, VALUE_DIM, BLOCK_V, CAP, BIAS, ROWS, EDGE=False,
             )  # fmt: skip
-        for step in range(tiles - inside):
+        # Loads ahead of their use would spill here, and few tiles have an edge.
+        for step in tl.range(tiles - inside, num_stages=1):
             tile = tl.where(step < left, step, step + inside)
             dk_ND, dv_NV, dbias_N = _key_step(
                 dk_ND, dv_NV, dbias_N, k_ND, v_NV, bias_N, key_N, low + tile * ROWS,
@@ -318,12 +319,16 @@ def _key_step(
 ):  # fmt: skip
     """dk / scale, dv and dbias with the share of one head's rows from `start` on."""
     row_M = start + tl.arange(0, ROWS)
-    inside_M = row_M < stop
     q_MD = load_tile(q, start, q_row, stop, ROWS, DIM, BLOCK_D, EDGE)
     dout_MV = load_tile(dout, start, dout_row, stop, ROWS, VALUE_DIM, BLOCK_V, EDGE)
     dout_MV = narrow(dout_MV, v_NV.dtype)
-    level_M = tl.load(level + row_M, mask=inside_M, other=float("inf"))
-    delta_M = tl.load(delta + row_M, mask=inside_M, other=0.0)
+    if EDGE:
+        inside_M = row_M < stop
+        level_M = tl.load(level + row_M, mask=inside_M, other=float("inf"))
+        delta_M = tl.load(delta + row_M, mask=inside_M, other=0.0)
+    else:
+        level_M = tl.load(level + row_M)
+        delta_M = tl.load(delta + row_M)
     logits_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
     weights_NM = tl.exp2(logits_NM + bias_N[:, None] * LOG2E - level_M[None, :])
     if EDGE:

@@ -130,7 +130,7 @@ def launch(
 
 
 @autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit
+@triton.jit(do_not_specialize=["split", "blocks", "segments", "token0"])
 def _parts(
     q, k, v, bias, part, sums, order, starts, groups, first, last,
     segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, token0,
@@ -175,7 +175,7 @@ def _parts(
         tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token0"])
 def _merge(
     part, sums, ids, owners, out, lse, token0,
     C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, V: tl.constexpr,

@@ -64,7 +64,7 @@ def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Te
 
 
 @autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit
+@triton.jit(do_not_specialize=["split", "blocks", "segments", "token0"])
 def _parts(
     q, k, v, bias, dout, lse, delta, part, order, starts, groups, first, last,
     segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, token0, ot, oh,
@@ -111,7 +111,7 @@ def _parts(
         store_rows(part, to_M * D, live_M, dq_MD, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token0"])
 def _sum(
     part, ids, owners, dq, token0, scale,
     C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, D: tl.constexpr,

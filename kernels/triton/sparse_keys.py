@@ -97,7 +97,7 @@ def split_of(shape: Shape) -> int:
 
 
 @autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit
+@triton.jit(do_not_specialize=["split", "blocks", "segments"])
 def _keys(
     q, k, v, bias, dout, lse, delta, slot_Z, dk, dv, dbias, dk_part, dv_part, dbias_part,
     order, starts, groups, first, last,
@@ -169,7 +169,7 @@ def _weights(capped_NM, seen_NM, level_M, bias_NM, BIASED: tl.constexpr):
     return tl.where(seen_NM, tl.exp2(logits_NM - level_M[None, :]), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _sum(
     total, part, slot_Z, several_Z, starts, blocks, size,
     SERVED: tl.constexpr, G: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,

@@ -98,21 +98,20 @@ def cut(order_P: Tensor, starts_Z1: Tensor, before: int) -> Tensor:
     """
     segments = len(starts_Z1) - 1
     cuts = torch.empty_like(starts_Z1[:-1])
-    steps = len(order_P).bit_length()
     tile = 128
     _cut[(triton.cdiv(segments, tile),)](
-        order_P, starts_Z1, cuts, before, segments, STEPS=steps, TILE=tile
+        order_P, starts_Z1, cuts, before, segments, len(order_P).bit_length(), TILE=tile
     )
     return cuts
 
 
-@triton.jit
-def _cut(order, starts, cuts, before, segments, STEPS: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["before", "segments", "steps"])
+def _cut(order, starts, cuts, before, segments, steps, TILE: tl.constexpr):
     segment = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = segment < segments
     low = tl.load(starts + segment, mask=live, other=0)
     high = tl.load(starts + segment + 1, mask=live, other=0)
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         open_ = low < high
         early = tl.load(order + middle, mask=open_, other=0) < before
