@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .request import Request
 
@@ -101,15 +101,26 @@ def choose(request: Request) -> Any:
     )
 
 
-def pooled_scorer(device: torch.device) -> Any:
-    """The class that scores pooled keys for a selection: of the backend asked for, or eager's.
+def selection_steps(q_THD: Tensor) -> tuple[Any, Any]:
+    """The classes `Scorer` and `BlockScores` for a selection by these queries.
 
-    Triton's is asked for by name until its tests have passed on real hardware.
+    Raises:
+        ValueError: The backend asked for by name does not exist.
     """
     name = _asked.get() or os.environ.get(OVERRIDE)
-    package = ".triton" if name == "triton" else ".eager"
-    _log_once(package[1:], device.type, "scores of a selection")
-    return import_module(package + ".pooled_scores", __package__).Scorer
+    if name is None:
+        name = "triton" if _scores_by_triton(q_THD) else "eager"
+    package = ".triton" if _by_name(name).name == "triton" else ".eager"
+    _log_once(package[1:], q_THD.device.type, "scores of a selection")
+    scorer = import_module(f"{package}.pooled_scores", __package__).Scorer
+    return scorer, import_module(f"{package}.block_scores", __package__).BlockScores
+
+
+def _scores_by_triton(q_THD: Tensor) -> bool:
+    backend = _by_name("triton")
+    if q_THD.device.type not in backend.proven or find_spec("triton") is None:
+        return False
+    return import_module(".triton.pooled_scores", __package__).refuses(q_THD) is None
 
 
 def standing(device: str) -> Iterator[tuple[str, str, str]]:
@@ -124,11 +135,16 @@ def standing(device: str) -> Iterator[tuple[str, str, str]]:
         yield backend.name, backend.about, remark
 
 
-def _named(name: str, request: Request) -> Any:
+def _by_name(name: str) -> Backend:
     backend = next((b for b in TABLE if b.name == name), None)
     if backend is None:
         known = ", ".join(b.name for b in TABLE)
         raise ValueError(f"there is no attention backend {name!r}; there are {known}")
+    return backend
+
+
+def _named(name: str, request: Request) -> Any:
+    backend = _by_name(name)
     reason = backend.refuses(request)
     if reason is not None:
         raise ValueError(f"the attention backend {name!r} cannot serve this: {reason}")

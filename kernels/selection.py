@@ -2,18 +2,15 @@
 
 It has no gradient. Scores exist for a chunk of queries at a time.
 Shapes: T query rows, Q query groups, H query heads, G key-value heads, D head dim, P pooled keys,
-B blocks, C heads that choose (G, or H), N blocks per choice; K windows that overlap a block; W
-windows in sight of a chunk.
+B blocks, C heads that choose (G, or H), N blocks per choice; W windows in sight of a chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .backends import pooled_scorer
+from .backends import selection_steps
 from .blocks import Blocks
 from .boundaries import boundaries
 from .grid import Grid
@@ -24,9 +21,6 @@ from .selection_plan import Chunk, SelectionPlan, plan, visible
 from .selection_rule import SelectionRule
 from .top import top_ids
 from .windows import Windows
-
-# Of blocks that nobody has a logit for: after all others, but before what is out of reach.
-LAST = torch.finfo(torch.float32).min
 
 
 @torch.no_grad()
@@ -85,116 +79,50 @@ def select_blocks(
         raise ValueError(f"the rule chooses {rule.total} blocks but forces {forced} on a query "
                          "group that lies in several")  # fmt: skip
     far = None if coarse is None else (coarse.k_PGD, visible(coarse.windows, reach))
-    score = pooled_scorer(q_THD.device)(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
+    scorer, block_scores = selection_steps(q_THD)
+    score = scorer(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
     choosers = q_THD.shape[1] if rule.heads == "none" else k_PGD.shape[1]
     shape = len(todo.starts_Q1) - 1, choosers, rule.total
     ids_QCN = torch.full(shape, -1, dtype=torch.int32, device=q_THD.device)
-    choice = _Choice(todo, rule, q_THD.device, wide_dtype(q_THD))
+    of_blocks = block_scores(todo, rule, q_THD.device, wide_dtype(q_THD))
     for chunk in todo.chunks(score.heads, score.rows, score.most):
         if chunk.blocks.start < chunk.blocks.stop:
-            ids_QCN[chunk.groups] = choice(chunk, score(chunk.rows, chunk.sight))
+            scores_CQW = _of_groups(todo, rule, chunk, score(chunk.rows, chunk.sight))
+            ids_QCN[chunk.groups] = _top(of_blocks(chunk, scores_CQW), rule.total, chunk)
     return Blocks(ids_QCN, grid, query_starts)
 
 
-class _Choice:
-    """From scores of windows to chosen blocks."""
+def _top(scores_CQB: Tensor, count: int, chunk: Chunk) -> Tensor:
+    """The choices of a chunk, int32 [Q, C, N]."""
+    ids = top_ids(scores_CQB.flatten(0, 1), count).view(*scores_CQB.shape[:2], -1)
+    return torch.where(ids < 0, ids, ids + chunk.blocks.start).transpose(0, 1)
 
-    def __init__(
-        self, todo: SelectionPlan, rule: SelectionRule, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._todo, self._rule, self._device = todo, rule, device
-        at, keys = todo.overlaps
-        self._window_KB = at.on(device)
-        self._weight_KB = keys.on(device).to(dtype) / todo.windows.stride
 
-    def __call__(self, chunk: Chunk, scores_CTW: Tensor) -> Tensor:
-        """The choices of a chunk, int32 [Q, C, N]."""
-        scores_CQW = self._of_groups(chunk, scores_CTW)
-        count, size, width = scores_CQW.shape
-        if self._rule.statistic == "logit" and width:
-            fill = 0.0 if self._rule.mapping == "overlap_sum" else float("-inf")
-            at_W = torch.arange(chunk.sight.windows.start, chunk.sight.windows.stop,
-                                device=self._device)  # fmt: skip
-            first_Q1, last_Q1 = self._bounds(self._todo.seen_by, chunk)
-            hidden_QW = (at_W < first_Q1) | (at_W >= last_Q1)
-            scores_CQW = scores_CQW.masked_fill_(hidden_QW, fill)
-        scores_CQB = self._of_blocks(chunk, scores_CQW.flatten(0, 1)).view(count, size, -1)
-        self._force(chunk, scores_CQB)
-        ids = top_ids(scores_CQB.flatten(0, 1), self._rule.total).view(count, size, -1)
-        return torch.where(ids < 0, ids, ids + chunk.blocks.start).transpose(0, 1)
-
-    def _bounds(self, bounds: Any, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """An interval of the chunk's query groups, [Q, 1]."""
-        first_Q, last_Q = bounds.first.on(self._device), bounds.last.on(self._device)
-        return first_Q[chunk.groups, None], last_Q[chunk.groups, None]
-
-    def _of_groups(self, chunk: Chunk, scores_CTW: Tensor) -> Tensor:
-        """Scores of rows as scores of their query groups."""
-        if not self._todo.grouped:
-            return scores_CTW
-        starts = self._todo.starts_Q1[chunk.groups.start : chunk.groups.stop + 1]
-        sizes = starts.diff()
-        largest = self._rule.heads == "max"
-        if int(sizes.min()) == int(sizes.max()):
-            scores_CQtW = scores_CTW.unflatten(1, (len(sizes), -1))
-            return scores_CQtW.amax(2) if largest else scores_CQtW.sum(2)
-        starts_Q, sizes_Q = (x.to(self._device) for x in (starts[:-1] - chunk.rows.start, sizes))
-        total_CQW = scores_CTW.new_zeros(len(scores_CTW), len(sizes), scores_CTW.shape[2])
-        for step in range(int(sizes.max())):
-            at_Q = (starts_Q + step).clamp(max=scores_CTW.shape[1] - 1)
-            part_CQW = scores_CTW.index_select(1, at_Q)
-            there_Q1 = (step < sizes_Q)[:, None]
-            if largest:
-                more_CQW = torch.maximum(total_CQW, part_CQW) if step else part_CQW
-                total_CQW = torch.where(there_Q1, more_CQW, total_CQW)
-            else:
-                total_CQW += part_CQW.masked_fill_(~there_Q1, 0.0)
-        return total_CQW
-
-    def _of_blocks(self, chunk: Chunk, scores_RW: Tensor) -> Tensor:
-        """Scores of windows as scores of blocks, [R, B]; R = C * Q."""
-        blocks, windows = chunk.blocks, chunk.sight.windows
-        size = blocks.stop - blocks.start
-        total_RB = scores_RW.new_zeros(len(scores_RW), size)
-        if len(chunk.sight):
-            at_KB = self._window_KB[:, blocks]
-            weight_KB = self._weight_KB[:, blocks]
-            there_KB = (at_KB >= windows.start) & (at_KB < windows.stop) & (weight_KB > 0)
-            weight_KB = weight_KB * there_KB
-            at_KB = (at_KB - windows.start).clamp(0, len(chunk.sight) - 1)
-            self._add_up(total_RB, scores_RW, at_KB, weight_KB, ~there_KB)
-        if self._rule.statistic == "logit":
-            first_B, last_B = (x.on(self._device)[blocks] for x in (
-                self._todo.overlapping.first, self._todo.overlapping.last))  # fmt: skip
-            first_Q1, last_Q1 = self._bounds(self._todo.seen_by, chunk)
-            nothing_QB = torch.maximum(first_B, first_Q1) >= torch.minimum(last_B, last_Q1)
-            total_RB.view(-1, *nothing_QB.shape).masked_fill_(nothing_QB, LAST)
-        return total_RB
-
-    def _add_up(
-        self, total_RB: Tensor, scores_RW: Tensor, at_KB: Tensor, weight_KB: Tensor, gone_KB: Tensor
-    ) -> None:
-        if self._rule.mapping == "overlap_sum":
-            for at_B, weight_B in zip(at_KB, weight_KB, strict=True):
-                total_RB.addcmul_(scores_RW.index_select(1, at_B), weight_B)
-            return
-        fill = 0.0 if self._rule.statistic == "probability" else float("-inf")
-        total_RB.fill_(fill)
-        for at_B, gone_B in zip(at_KB, gone_KB, strict=True):
-            part_RB = scores_RW.index_select(1, at_B).masked_fill_(gone_B, fill)
-            torch.maximum(total_RB, part_RB, out=total_RB)
-
-    def _force(self, chunk: Chunk, scores_CQB: Tensor) -> None:
-        """What must be chosen has +inf, what must not be -inf."""
-        rule, device = self._rule, self._device
-        at_B = torch.arange(chunk.blocks.start, chunk.blocks.stop, device=device)
-        first_Q1, last_Q1 = self._bounds(self._todo.choosable, chunk)
-        forced_QB = at_B < first_Q1 + rule.initial
-        if rule.local:
-            own_Q1 = self._todo.own_first.on(device)[chunk.groups, None]
-            forced_QB |= at_B > own_Q1 - rule.local
-        out_QB = (at_B < first_Q1) | (at_B >= last_Q1)
-        scores_CQB.masked_fill_(forced_QB, float("inf")).masked_fill_(out_QB, float("-inf"))
+def _of_groups(
+    todo: SelectionPlan, rule: SelectionRule, chunk: Chunk, scores_CTW: Tensor
+) -> Tensor:
+    """Scores of rows as scores of their query groups, [C, Q, W]."""
+    if not todo.grouped:
+        return scores_CTW
+    starts = todo.starts_Q1[chunk.groups.start : chunk.groups.stop + 1]
+    sizes = starts.diff()
+    largest = rule.heads == "max"
+    if int(sizes.min()) == int(sizes.max()):
+        scores_CQtW = scores_CTW.unflatten(1, (len(sizes), -1))
+        return scores_CQtW.amax(2) if largest else scores_CQtW.sum(2)
+    device = scores_CTW.device
+    starts_Q, sizes_Q = (x.to(device) for x in (starts[:-1] - chunk.rows.start, sizes))
+    total_CQW = scores_CTW.new_zeros(len(scores_CTW), len(sizes), scores_CTW.shape[2])
+    for step in range(int(sizes.max())):
+        at_Q = (starts_Q + step).clamp(max=scores_CTW.shape[1] - 1)
+        part_CQW = scores_CTW.index_select(1, at_Q)
+        there_Q1 = (step < sizes_Q)[:, None]
+        if largest:
+            more_CQW = torch.maximum(total_CQW, part_CQW) if step else part_CQW
+            total_CQW = torch.where(there_Q1, more_CQW, total_CQW)
+        else:
+            total_CQW += part_CQW.masked_fill_(~there_Q1, 0.0)
+    return total_CQW
 
 
 def _check(

@@ -12,6 +12,11 @@ CHOICES = {
 }
 
 
+LAST = -3.4028234663852886e38
+"""Score of a block that nobody has a logit for, the lowest in fp32: after all others, but before
+what is out of reach."""
+
+
 @dataclass(frozen=True)
 class SelectionRule:
     """A query scores pooled keys, its scores become scores of blocks, and the best are chosen.

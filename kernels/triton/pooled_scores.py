@@ -57,7 +57,9 @@ class Scorer:
         lse_TH: Tensor | None,
         coarse: tuple[Tensor, Reach] | None,
     ) -> None:
-        self._refuse(q_THD)
+        reason = refuses(q_THD)
+        if reason is not None:
+            raise ValueError(reason)
         self.heads = q_THD.shape[1] if rule.heads == "none" else k_PGD.shape[1]
         self.most = MAX_SCORES
         self._q_THD, self._k_PGD = dense_rows(q_THD), dense_rows(k_PGD)
@@ -107,14 +109,16 @@ class Scorer:
         exact_TH = pooled_lse(self._q_THD, self._k_PGD, rest, self._scale)
         return torch.where(lse_TH == float("-inf"), exact_TH, lse_TH)
 
-    def _refuse(self, q_THD: Tensor) -> None:
-        if q_THD.device.type != "cuda" and not INTERPRETED:
-            raise ValueError(f"Triton scores pooled keys on CUDA devices, not on {q_THD.device}, "
-                             "unless it is interpreted (TRITON_INTERPRET=1)")  # fmt: skip
-        if q_THD.dtype not in DTYPES or q_THD.shape[2] > LARGEST_DIM:
-            raise ValueError(f"Triton scores pooled keys in float16, bfloat16 and float32 with "
-                             f"head dims up to {LARGEST_DIM}, not {q_THD.dtype} "
-                             f"with {q_THD.shape[2]}")  # fmt: skip
+
+def refuses(q_THD: Tensor) -> str | None:
+    """Why the kernels here cannot serve these queries; None if they can."""
+    if q_THD.device.type != "cuda" and not INTERPRETED:
+        return (f"Triton scores pooled keys on CUDA devices, not on {q_THD.device}, "
+                "unless it is interpreted (TRITON_INTERPRET=1)")  # fmt: skip
+    if q_THD.dtype not in DTYPES or q_THD.shape[2] > LARGEST_DIM:
+        return (f"Triton scores pooled keys in float16, bfloat16 and float32 with head dims up to "
+                f"{LARGEST_DIM}, not {q_THD.dtype} with {q_THD.shape[2]}")  # fmt: skip
+    return None
 
 
 def pooled_lse(q_THD: Tensor, k_PGD: Tensor, seen: Reach, scale: float) -> Tensor:
@@ -249,7 +253,7 @@ def _score_kernel(
             else:
                 score_MN = score_MN * scale
             if MAX:
-                total_MN = tl.maximum(total_MN, score_MN)
+                total_MN = tl.maximum(total_MN, score_MN, propagate_nan=tl.PropagateNan.ALL)
             else:
                 total_MN += score_MN
         visible_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] < last_M[:, None])

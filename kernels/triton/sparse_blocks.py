@@ -21,7 +21,16 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from .sparse_shape import Inputs, Shape
-from .sparse_steps import add_bias, bounds_of, load_rows, rows_of_choices, seen, store_rows
+from .sparse_steps import (
+    add_bias,
+    bounds_of,
+    choices_of_rows,
+    list_of_rows,
+    load_rows,
+    rows_of_choices,
+    seen,
+    store_rows,
+)
 from .sparse_work import Work, cut, take
 from .steps import LN2, logits_of, narrow, product
 from .tuning import autotuned
@@ -31,6 +40,10 @@ BUFFER = 2**30
 
 ROWS_OF_A_PROGRAM = 512
 """Its keys and values are read once: 32 KiB or so, a small part of what these rows are."""
+
+
+ROWS_OF_A_MERGE = 4
+"""With 16 parts of 128 dims each: what 4 warps can have on its way."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,11 @@ def forward(inputs: Inputs, blocks: Blocks, out_dtype: torch.dtype) -> tuple[Ten
             _parts, inputs, blocks, chunk.work, (part, sums), (chunk.first,),
             KT=shape.key_tiles, BK=shape.key_tile,
         )  # fmt: skip
-        _merge[(rows,)](
-            part, sums, inputs.where[0], owners, out, lse, chunk.first,
+        _merge[(triton.cdiv(rows, ROWS_OF_A_MERGE),)](
+            part, sums, inputs.where[0], owners, out, lse, chunk.first, rows,
             C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, V=shape.value_dim,
-            VP=inputs.constants["VP"], GROUPED=blocks.group_T is not None, TILE=16, num_warps=2,
+            VP=inputs.constants["VP"], GROUPED=blocks.group_T is not None,
+            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -154,10 +168,12 @@ def _parts(
     at_N = key_N.to(tl.int64)
     k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
     v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
+    flat_M = choices_of_rows(order, begin, count, 0, R, M, BM)
     for row0 in range(0, count * (M * R), BM):
         token_M, head_M, entry_M, live_M = rows_of_choices(
-            order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
+            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
+        flat_M = choices_of_rows(order, begin, count, row0 + BM, R, M, BM)
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
         first_M, last_M = bounds_of(first, last, token_M, live_M)
         seen_MN = seen(first_M, last_M, key_N, exists_N)
@@ -175,39 +191,40 @@ def _parts(
         tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
 
 
-@triton.jit(do_not_specialize=["token0"])
+@triton.jit(do_not_specialize=["token0", "rows"])
 def _merge(
-    part, sums, ids, owners, out, lse, token0,
+    part, sums, ids, owners, out, lse, token0, rows,
     C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, V: tl.constexpr,
-    VP: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr,
+    VP: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token, head = token0 + row // H, row % H
-    group = token
-    if GROUPED:
-        group = tl.load(owners + token).to(tl.int64)
-    ids += (group * C + head // (H // C)) * N
+    row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live_M = row_M < rows
+    token_M, head_M = token0 + row_M // H, row_M % H
+    list_M = list_of_rows(ids, owners, token_M, head_M, live_M, C, H, N, GROUPED)
     at = tl.arange(0, VP)
-    peak = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc_V = tl.zeros([VP], tl.float32)
+    peak_M = tl.full([ROWS], float("-inf"), tl.float32)
+    total_M = tl.zeros([ROWS], tl.float32)
+    acc_MV = tl.zeros([ROWS, VP], tl.float32)
     for first in range(0, N * KT, TILE):
         entry_E = first + tl.arange(0, TILE)
         # Nobody wrote what belongs to no block.
-        block_E = tl.load(ids + entry_E // KT, mask=entry_E < N * KT, other=-1)
-        from_E = row * (N * KT) + entry_E
-        sum_E = tl.load(sums + from_E, mask=block_E >= 0, other=float("-inf"))
-        live_EV = (sum_E > float("-inf"))[:, None] & (at < V)[None, :]
-        part_EV = tl.load(part + from_E[:, None] * V + at[None, :], mask=live_EV, other=0.0)
-        new = tl.maximum(peak, tl.max(sum_E, 0))
-        level = tl.where(new == float("-inf"), 0.0, new)
-        weight_E = tl.exp2(sum_E - level)
-        fade = tl.exp2(peak - level)
-        acc_V = acc_V * fade + tl.sum(part_EV.to(tl.float32) * weight_E[:, None], 0)
-        total = total * fade + tl.sum(weight_E, 0)
-        peak = new
-    share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
-    to = token * H + head
-    tl.store(out + to * V + at, narrow(acc_V * share, out.dtype.element_ty), mask=at < V)
-    lse_1 = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(total)) * LN2)
-    tl.store(lse + to + tl.arange(0, 1), lse_1)
+        there_ME = live_M[:, None] & (entry_E < N * KT)[None, :]
+        block_ME = tl.load(list_M[:, None] + (entry_E // KT)[None, :], mask=there_ME, other=-1)
+        from_ME = row_M.to(tl.int64)[:, None] * (N * KT) + entry_E[None, :]
+        sum_ME = tl.load(sums + from_ME, mask=block_ME >= 0, other=float("-inf"))
+        live_MEV = (sum_ME > float("-inf"))[:, :, None] & (at < V)[None, None, :]
+        part_MEV = tl.load(part + from_ME[:, :, None] * V + at, mask=live_MEV, other=0.0)
+        new_M = tl.maximum(peak_M, tl.max(sum_ME, 1))
+        level_M = tl.where(new_M == float("-inf"), 0.0, new_M)
+        weight_ME = tl.exp2(sum_ME - level_M[:, None])
+        fade_M = tl.exp2(peak_M - level_M)
+        more_MV = tl.sum(part_MEV.to(tl.float32) * weight_ME[:, :, None], 1)
+        acc_MV = acc_MV * fade_M[:, None] + more_MV
+        total_M = total_M * fade_M + tl.sum(weight_ME, 1)
+        peak_M = new_M
+    nothing_M = total_M == 0.0
+    total_M = tl.where(nothing_M, 1.0, total_M)
+    to_M = token_M.to(tl.int64) * H + head_M
+    store_rows(out, to_M * V, live_M, acc_MV / total_M[:, None], V, VP)
+    lse_M = tl.where(nothing_M, float("-inf"), (peak_M + tl.log2(total_M)) * LN2)
+    tl.store(lse + to_M, lse_M, mask=live_M)

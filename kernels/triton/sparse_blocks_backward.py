@@ -14,12 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
-from .sparse_blocks import chunks, launch, row_tile
+from .sparse_blocks import ROWS_OF_A_MERGE, chunks, launch, row_tile
 from .sparse_shape import Inputs
 from .sparse_steps import (
     add_bias,
     bounds_of,
+    choices_of_rows,
     level_of,
+    list_of_rows,
     load_rows,
     rows_of_choices,
     seen,
@@ -40,25 +42,31 @@ def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
 
 
 def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """dq [T, H, D] in fp32, from partial sums in fp32; see `sparse_rows_backward.queries`."""
+    """dq [T, H, D] in fp32; see `sparse_rows_backward.queries`.
+
+    Partial sums are in bf16 for inputs in bf16, else in fp32.
+    """
     q, shape = inputs.q, inputs.shape
     dq = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
     entries = shape.width * shape.key_tiles
     owners = inputs.where[1] if blocks.group_T is None else blocks.group_T.on(q.device)
+    # Not in fp16, whose range the gradient may leave before it is scaled.
+    dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
     part = None
-    for chunk in chunks(shape, blocks, entries * shape.dim * 4):
+    for chunk in chunks(shape, blocks, entries * shape.dim * dtype.itemsize):
         rows = (chunk.last - chunk.first) * shape.heads
         if part is None or part.shape[0] < rows:
-            part = q.new_empty(rows, entries, shape.dim, dtype=torch.float32)
+            part = q.new_empty(rows, entries, shape.dim, dtype=dtype)
         launch(
             _parts, inputs, blocks, chunk.work, (dout, lse, delta, part),
             (chunk.first, dout.stride(0), dout.stride(1)),
             KT=shape.key_tiles, BK=shape.key_tile,
         )  # fmt: skip
-        _sum[(rows,)](
-            part, inputs.where[0], owners, dq, chunk.first, inputs.score[0],
+        _sum[(triton.cdiv(rows, ROWS_OF_A_MERGE),)](
+            part, inputs.where[0], owners, dq, chunk.first, rows, inputs.score[0],
             C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, D=shape.dim,
-            DP=inputs.constants["DP"], GROUPED=blocks.group_T is not None, TILE=16, num_warps=2,
+            DP=inputs.constants["DP"], GROUPED=blocks.group_T is not None,
+            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=4,
         )  # fmt: skip
     return dq
 
@@ -88,10 +96,12 @@ def _parts(
     at_N = key_N.to(tl.int64)
     k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
     v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
+    flat_M = choices_of_rows(order, begin, count, 0, R, M, BM)
     for row0 in range(0, count * (M * R), BM):
         token_M, head_M, entry_M, live_M = rows_of_choices(
-            order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
+            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
+        flat_M = choices_of_rows(order, begin, count, row0 + BM, R, M, BM)
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
         dout_MV = narrow(
             load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP), k.dtype.element_ty
@@ -111,25 +121,26 @@ def _parts(
         store_rows(part, to_M * D, live_M, dq_MD, D, DP)
 
 
-@triton.jit(do_not_specialize=["token0"])
+@triton.jit(do_not_specialize=["token0", "rows"])
 def _sum(
-    part, ids, owners, dq, token0, scale,
+    part, ids, owners, dq, token0, rows, scale,
     C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr,
+    DP: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token, head = token0 + row // H, row % H
-    group = token
-    if GROUPED:
-        group = tl.load(owners + token).to(tl.int64)
-    ids += (group * C + head // (H // C)) * N
+    row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live_M = row_M < rows
+    token_M, head_M = token0 + row_M // H, row_M % H
+    list_M = list_of_rows(ids, owners, token_M, head_M, live_M, C, H, N, GROUPED)
     at = tl.arange(0, DP)
-    acc_D = tl.zeros([DP], tl.float32)
+    acc_MD = tl.zeros([ROWS, DP], tl.float32)
     for first in range(0, N * KT, TILE):
         entry_E = first + tl.arange(0, TILE)
         # Nobody wrote what belongs to no block.
-        block_E = tl.load(ids + entry_E // KT, mask=entry_E < N * KT, other=-1)
-        from_E = row * (N * KT) + entry_E
-        live_ED = (block_E >= 0)[:, None] & (at < D)[None, :]
-        acc_D += tl.sum(tl.load(part + from_E[:, None] * D + at[None, :], live_ED, other=0.0), 0)
-    tl.store(dq + (token * H + head) * D + at, acc_D * scale, mask=at < D)
+        there_ME = live_M[:, None] & (entry_E < N * KT)[None, :]
+        block_ME = tl.load(list_M[:, None] + (entry_E // KT)[None, :], mask=there_ME, other=-1)
+        from_ME = row_M.to(tl.int64)[:, None] * (N * KT) + entry_E[None, :]
+        live_MED = (block_ME >= 0)[:, :, None] & (at < D)[None, None, :]
+        part_MED = tl.load(part + from_ME[:, :, None] * D + at, mask=live_MED, other=0.0)
+        acc_MD += tl.sum(part_MED.to(tl.float32), 1)
+    to_M = token_M.to(tl.int64) * H + head_M
+    store_rows(dq, to_M * D, live_M, acc_MD * scale, D, DP)

@@ -23,7 +23,14 @@ from torch import Tensor
 from ..blocks import Blocks
 from .sparse_blocks import launch, row_tile
 from .sparse_shape import Inputs, Shape
-from .sparse_steps import bounds_of, level_of, load_rows, rows_of_choices, store_rows
+from .sparse_steps import (
+    bounds_of,
+    choices_of_rows,
+    level_of,
+    load_rows,
+    rows_of_choices,
+    store_rows,
+)
 from .sparse_work import Work, splits_of, take
 from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
 from .tuning import autotuned
@@ -125,10 +132,12 @@ def _keys(
     dv_NV = tl.zeros([BK, VP], tl.float32)
     if BIASED:
         dbias_NH = tl.zeros([BK, HP], tl.float32)
+    flat_M = choices_of_rows(order, begin, count, 0, R, M, BM)
     for row0 in range(0, count * (M * R), BM):
         token_M, head_M, _, live_M = rows_of_choices(
-            order, groups, begin, count, row0, kv, C, G, N, R, M, GROUPED, BM
+            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, BM
         )
+        flat_M = choices_of_rows(order, begin, count, row0 + BM, R, M, BM)
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
         dout_MV = load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP)
         dout_MV = narrow(dout_MV, k.dtype.element_ty)

@@ -74,27 +74,56 @@ def keys_of_slots(ids, starts, j, N: tl.constexpr, L: tl.constexpr, BN: tl.const
 
 
 @triton.jit
+def list_of_rows(
+    ids, owners, token_M, head_M, live_M, C: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    GROUPED: tl.constexpr,
+):  # fmt: skip
+    """Where the list of blocks of each row begins."""
+    group_M = token_M
+    if GROUPED:
+        group_M = tl.load(owners + token_M, mask=live_M, other=0)
+    return ids + (group_M.to(tl.int64) * C + head_M // (H // C)) * N
+
+
+@triton.jit
+def choices_of_rows(order, begin, count, row0, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """Where in the lists the choices of some rows are, 0 for rows that are not there.
+
+    Of the next rows this is best loaded before the work on the present ones: the address of all
+    else depends on it.
+
+    Args:
+        order: Choices in the order of the blocks; see `Inverse`.
+        begin: The first choice.
+        count: How many choices.
+        row0: The first row, counted from that choice.
+        R: Query heads of a unit.
+        M: Query rows of the largest query group.
+        BM: Rows to look at.
+    """
+    choice_M = (row0 + tl.arange(0, BM)) // (M * R)
+    return tl.load(order + begin + choice_M, mask=choice_M < count, other=0)
+
+
+@triton.jit
 def rows_of_choices(
-    order, groups, begin, count, row0, kv, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    flat_M, groups, count, row0, kv, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Tokens, query heads and list entries of rows that chose a block, and which of them exist.
 
     Args:
-        order: Choices in the order of the blocks; see `Inverse`.
+        flat_M: What `choices_of_rows` gave.
         groups: Boundaries of the query groups.
-        begin: The first choice.
         count: How many choices.
-        row0: The first row, counted from that choice.
+        row0: The first row, counted from the first choice.
         kv: Key-value head.
         C: Block heads, and so on: see `Shape`.
         BM: Rows to look at.
     """
     row_M = row0 + tl.arange(0, BM)
-    choice_M = row_M // (M * R)
     within_M = row_M % (M * R)
-    live_M = choice_M < count
-    flat_M = tl.load(order + begin + choice_M, mask=live_M, other=0)
+    live_M = row_M // (M * R) < count
     group_M = (flat_M // (N * C)).to(tl.int32)
     entry_M = (flat_M % N).to(tl.int32)
     token_M = group_M
