@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Correctness of every GPU kernel, then the timing tables: under 9 minutes on one Hopper GPU.
 # Usage: benchmarks/gpu.sh [FOLDER FOR RESULTS]. Needs torch for CUDA, triton, pytest, hypothesis
-# and, for the CUDA C++ kernels, cuda-core; not the package installed.
+# and, for the CUDA C++ kernels, cuda-core; not the package installed. With pytest-xdist the tests
+# compile their kernels side by side.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -15,21 +16,31 @@ cd "$packages/longspan" || exit 1
 
 failed=0
 step() {
-    local limit=$1
+    local limit=$1 code
     shift
     printf '\n== %s\n' "$*"
-    timeout "$limit" "$@" || { failed=1; printf 'FAILED (%s): %s\n' "$?" "$*"; }
+    timeout "$limit" "$@"
+    code=$?
+    if [ "$code" != 0 ]; then
+        failed=1
+        printf 'FAILED (%s): %s\n' "$code" "$*"
+    fi
 }
 
 card=$(python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())') || exit 1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+workers=()
+python -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 
-step 200 python -m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py tests/kernels/triton \
-    tests/kernels/cuda --durations=5
-step 150 python benchmarks/kernels.py --lengths 16384 65536 131072 --seconds 0.5 \
-    --out "$out/kernels-$card.json"
-step 100 python benchmarks/kernels.py --lengths 65536 --groups 32 16 8 4 --seconds 0.5 \
-    --skip-dense-above 0 --out "$out/kernels-$card-groups.json"
-step 60 python benchmarks/kernels.py --lengths 1048576 --heads 8 --groups 1 --seconds 0.5 \
-    --skip-dense-above 0 --out "$out/kernels-$card-1m.json"
+tests=(tests/kernels/test_gpu.py tests/kernels/triton/test_block_scores.py
+    tests/kernels/triton/test_pooled_scores.py)
+step 180 python -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}" -k "not beyond"
+# By itself: it takes most of the GPU's memory.
+step 60 python -m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py -k beyond
+step 150 python benchmarks/kernels.py --lengths 16384 65536 131072 --dense-up-to 65536 \
+    --seconds 0.3 --out "$out/kernels-$card.json"
+step 60 python benchmarks/kernels.py --lengths 65536 --groups 8 16 32 --seconds 0.3 \
+    --peers-up-to 0 --dense-up-to 0 --out "$out/kernels-$card-groups.json"
+step 60 python benchmarks/kernels.py --lengths 1048576 --heads 8 --groups 1 --seconds 0.3 \
+    --peers-up-to 0 --dense-up-to 0 --out "$out/kernels-$card-1m.json"
 exit "$failed"

@@ -141,7 +141,7 @@ class Bench:
         given = run()
         self._wait()
         once = time.perf_counter() - begun
-        repeats = max(1, min(self.args.repeats, int(self.args.seconds / max(once, 1e-6))))
+        repeats = min(self.args.repeats, int(self.args.seconds / max(once, 1e-6)))
         times = [once]
         for _ in range(repeats):
             given = None
@@ -367,7 +367,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128 if cuda else 64)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, about")
-    parser.add_argument("--skip-dense-above", type=int, default=2**18, metavar="LENGTH")
+    parser.add_argument("--peers-up-to", type=int, default=2**18, metavar="LENGTH")
+    parser.add_argument("--dense-up-to", type=int, default=2**18, metavar="LENGTH")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -396,7 +397,7 @@ def main() -> None:
         result: dict[str, Any] = {"groups": groups}
         results.append(result)
         for length in args.lengths:
-            rows += measured(Bench(args, length, groups), length <= args.skip_dense_above)
+            rows += measured(Bench(args, length, groups))
             result |= {"rows": [asdict(row) for row in rows], "ratios": ratios(rows)}
             if args.out:  # what is measured stays, whatever happens to the rest
                 args.out.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
@@ -405,9 +406,12 @@ def main() -> None:
             print(f"{ratio['length']:>8} {ratio['name']:<36}{shown}")
 
 
-def measured(bench: Bench, with_dense: bool) -> list[Row]:
+def measured(bench: Bench) -> list[Row]:
     """All rows of a shape."""
-    return [*peers(bench), *dense(bench), *sparse(bench)] if with_dense else [*sparse(bench)]
+    rows = [*peers(bench)] if bench.length <= bench.args.peers_up_to else []
+    if bench.length <= bench.args.dense_up_to:
+        rows += dense(bench)
+    return [*rows, *sparse(bench)]
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ class Backend:
 
 
 TABLE = (
-    Backend("cudnn", "cuDNN through PyTorch", ".library.cudnn", None, frozenset()),
-    Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset()),
-    Backend("triton", "own Triton kernels", ".triton.backend", "triton", frozenset()),
+    Backend("cudnn", "cuDNN through PyTorch", ".library.cudnn", None, frozenset({"cuda"})),
+    Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset({"cuda"})),
+    Backend("triton", "own Triton kernels", ".triton.backend", "triton", frozenset({"cuda"})),
     Backend("eager", "PyTorch's own operators", ".eager.backend", None, frozenset({"cpu", "cuda"})),
 )
 """In order of preference."""

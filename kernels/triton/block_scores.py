@@ -20,6 +20,9 @@ from ..selection_rule import LAST, SelectionRule
 ROWS = 16
 BLOCKS = 64
 
+MOST_AT_ONCE = 6
+"""Overlapping windows of a block whose scores are loaded together."""
+
 
 class BlockScores:
     """Scores of blocks for one selection, chunk by chunk; see the eager one."""
@@ -48,7 +51,8 @@ class BlockScores:
             size, chunk.sight.windows.start, width, blocks.start, out_CQB.shape[2], self._blocks,
             len(self._where[0]), 1.0 / self._stride, rule.initial,
             LOCAL=rule.local, LOGIT=rule.statistic == "logit", MAX=rule.mapping == "overlap_max",
-            LOWEST=LAST, ROWS=ROWS, BLOCKS=BLOCKS,
+            LOWEST=LAST, AT_ONCE=min(max(1, len(self._where[0])), MOST_AT_ONCE),
+            ROWS=ROWS, BLOCKS=BLOCKS,
         )  # fmt: skip
         return out_CQB
 
@@ -62,7 +66,7 @@ def _kernel(
     seen_first, seen_last, first, last, own,
     queries, window0, width, block0, count, blocks, overlaps, unit, initial,
     LOCAL: tl.constexpr, LOGIT: tl.constexpr, MAX: tl.constexpr, LOWEST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    AT_ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     query_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at_B = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -75,20 +79,23 @@ def _kernel(
     if LOGIT and MAX:
         fill = float("-inf")
     total_MB = tl.full([ROWS, BLOCKS], fill, tl.float32)
-    for overlap in range(overlaps):
-        window_B = tl.load(windows + overlap * blocks + block_B, mask=there_B, other=0)
-        keys_B = tl.load(keys + overlap * blocks + block_B, mask=there_B, other=0)
-        known_B = (keys_B > 0) & (window_B >= window0) & (window_B < window0 + width)
-        known_MB = live_M[:, None] & known_B[None, :]
-        if LOGIT:
-            known_MB &= window_B[None, :] >= seen_first_M[:, None]
-            known_MB &= window_B[None, :] < seen_last_M[:, None]
-        from_MB = scores + row_M[:, None] * width + (window_B - window0)[None, :]
-        score_MB = tl.load(from_MB, mask=known_MB, other=fill)
-        if MAX:
-            total_MB = tl.maximum(total_MB, score_MB, propagate_nan=tl.PropagateNan.ALL)
-        else:
-            total_MB += score_MB * (keys_B.to(tl.float32) * unit)[None, :]
+    for some in range(0, overlaps, AT_ONCE):
+        for more in tl.static_range(AT_ONCE):
+            overlap = some + more
+            known_B = at_B < tl.where(overlap < overlaps, count, 0)
+            window_B = tl.load(windows + overlap * blocks + block_B, mask=known_B, other=0)
+            keys_B = tl.load(keys + overlap * blocks + block_B, mask=known_B, other=0)
+            known_B = (keys_B > 0) & (window_B >= window0) & (window_B < window0 + width)
+            known_MB = live_M[:, None] & known_B[None, :]
+            if LOGIT:
+                known_MB &= window_B[None, :] >= seen_first_M[:, None]
+                known_MB &= window_B[None, :] < seen_last_M[:, None]
+            from_MB = scores + row_M[:, None] * width + (window_B - window0)[None, :]
+            score_MB = tl.load(from_MB, mask=known_MB, other=fill)
+            if MAX:
+                total_MB = tl.maximum(total_MB, score_MB, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                total_MB += score_MB * (keys_B.to(tl.float32) * unit)[None, :]
     if LOGIT:
         from_B = tl.load(over_first + block_B, mask=there_B, other=0)
         to_B = tl.load(over_last + block_B, mask=there_B, other=0)

@@ -54,7 +54,7 @@ def _query_options(launch: dict[str, Any]) -> list[triton.Config]:
     if launch["BYTES"] > 2:
         return [_config(32, 32, 4, 1)]
     if width <= 128:
-        return [_config(128, 64, 8, 2), _config(128, 32, 8, 3), _config(64, 64, 4, 2)]
+        return [_config(128, 64, 8, 3), _config(128, 128, 8, 2), _config(64, 64, 4, 2)]
     return [_config(128, 32, 8, 2), _config(64, 32, 4, 1)]
 
 
@@ -68,7 +68,7 @@ def _key_options(launch: dict[str, Any]) -> list[triton.Config]:
     if width <= 64:
         return [_config(64, 128, 8, 2), _config(32, 128, 4, 3), _config(64, 64, 4, 2)]
     if width <= 128:
-        return [_config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(32, 64, 4, 2)]
+        return [_config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(64, 64, 4, 2)]
     return [_config(32, 64, 8, 2), _config(32, 32, 4, 1)]
 
 

@@ -46,7 +46,7 @@ def _options(launch: dict[str, Any]) -> list[triton.Config]:
     if width <= 64:
         return [_config(128, 128, 8, 3), _config(128, 64, 4, 3), _config(64, 64, 4, 2)]
     if width <= 128:
-        return [_config(128, 128, 8, 2), _config(128, 64, 8, 3), _config(64, 64, 4, 2)]
+        return [_config(128, 64, 8, 4), _config(128, 128, 8, 2), _config(64, 64, 4, 3)]
     return [_config(128, 64, 8, 2), _config(64, 32, 4, 2)]
 
 

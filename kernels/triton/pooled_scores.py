@@ -157,7 +157,7 @@ def _options(launch: dict[str, Any]) -> list[triton.Config]:
     if launch["BYTES"] > 2:
         return [_config(64, 32, 4, 2), _config(32, 32, 4, 2)]
     if launch["BLOCK_D"] <= 128:
-        return [_config(128, 64, 4, 3), _config(128, 128, 8, 3), _config(64, 64, 4, 3)]
+        return [_config(64, 128, 4, 3), _config(128, 64, 4, 2), _config(64, 64, 4, 2)]
     return [_config(128, 64, 8, 2), _config(64, 64, 4, 2)]
 
 

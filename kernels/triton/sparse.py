@@ -1,7 +1,7 @@
 """Sparse: attention over chosen blocks with Triton kernels.
 
-Two orders, see `Shape.by_row`. Shapes: T query rows, S keys, H query heads, G key-value heads,
-D key dim, V value dim.
+Two orders, see `Shape.by_row` and `by_row_back`.
+Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def backward(
     """
     if nothing_chosen(Shape.of(q_THD, k_SGD, v_SGV, blocks)):
         return _zeros(q_THD, k_SGD, v_SGV, scoring)
-    inputs = Inputs.of(q_THD, k_SGD, v_SGV, reach, blocks, scoring)
     dout, lse = dense(dout_THV), lse_TH.float().contiguous()
+    inputs = Inputs.of(q_THD, k_SGD, v_SGV, reach, blocks, scoring, dout)
     delta = delta_of(dout, dense(out_THV), dlse_TH)
     shape = inputs.shape
     if shape.block < BLOCK_OF_A_DOT and not torch.are_deterministic_algorithms_enabled():
@@ -66,7 +66,7 @@ def backward(
         sums = grads.dk_SGD, grads.dv_SGV, grads.dkey_bias_SH
         dq = sparse_rows_backward.queries(inputs, dout, lse, delta, sums)
         return grads._replace(dq_THD=dq)
-    if shape.by_row:
+    if shape.by_row_back:
         dq = sparse_rows_backward.queries(inputs, dout, lse, delta, None)
     else:
         dq = sparse_blocks_backward.queries(inputs, blocks, dout, lse, delta)

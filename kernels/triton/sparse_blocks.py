@@ -28,22 +28,22 @@ from .sparse_steps import (
     list_of_rows,
     load_rows,
     rows_of_choices,
-    seen,
     store_rows,
+    within,
 )
 from .sparse_work import Work, cut, take
-from .steps import LN2, logits_of, narrow, product
+from .steps import LN2, LOG2E, logits_of, narrow, product
 from .tuning import autotuned
 
-BUFFER = 2**30
+BUFFER = 2**31
 """Bytes of partial results that exist at once."""
 
 ROWS_OF_A_PROGRAM = 512
 """Its keys and values are read once: 32 KiB or so, a small part of what these rows are."""
 
 
-ROWS_OF_A_MERGE = 4
-"""With 16 parts of 128 dims each: what 4 warps can have on its way."""
+ROWS_OF_A_MERGE = 2
+"""With 16 parts of 128 dims each: what a warp can have on its way."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def forward(inputs: Inputs, blocks: Blocks, out_dtype: torch.dtype) -> tuple[Ten
             part, sums, inputs.where[0], owners, out, lse, chunk.first, rows,
             C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, V=shape.value_dim,
             VP=inputs.constants["VP"], GROUPED=blocks.group_T is not None,
-            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=4,
+            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -152,6 +152,7 @@ def _parts(
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
+    LONG: tl.constexpr, PLAIN: tl.constexpr,
     KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     _, head, block, begin, count, _ = take(
@@ -164,28 +165,34 @@ def _parts(
     kv = head * served + tl.program_id(1)
     tile = tl.program_id(2)
     key_N = tl.load(starts + block) + tile * BK + tl.arange(0, BK)
-    exists_N = key_N < tl.load(starts + block + 1)
+    stop = tl.load(starts + block + 1)
+    exists_N = key_N < stop
     at_N = key_N.to(tl.int64)
     k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
     v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
     flat_M = choices_of_rows(order, begin, count, 0, R, M, BM)
     for row0 in range(0, count * (M * R), BM):
         token_M, head_M, entry_M, live_M = rows_of_choices(
-            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, BM
+            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, LONG, BM
         )
         flat_M = choices_of_rows(order, begin, count, row0 + BM, R, M, BM)
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
         first_M, last_M = bounds_of(first, last, token_M, live_M)
-        seen_MN = seen(first_M, last_M, key_N, exists_N)
-        logits_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
-        logits_MN = add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
+        last_M = tl.minimum(last_M, stop)
+        seen_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
+        logits_MN, unit = product(q_MD, tl.trans(k_ND)), scale * LOG2E
+        if not PLAIN:
+            logits_MN, unit = logits_of(logits_MN, scale, softcap, CAP), 1.0
+            logits_MN = add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
         logits_MN = tl.where(seen_MN, logits_MN, float("-inf"))
-        peak_M = tl.max(logits_MN, 1)
+        peak_M = tl.max(logits_MN, 1) * unit
         level_M = tl.where(peak_M == float("-inf"), 0.0, peak_M)
-        weights_MN = tl.exp2(logits_MN - level_M[:, None])
+        weights_MN = tl.exp2(logits_MN * unit - level_M[:, None])
         sum_M = tl.sum(weights_MN, 1)
         share_M = 1.0 / tl.where(sum_M == 0.0, 1.0, sum_M)
-        out_MV = product(narrow(weights_MN, v_NV.dtype), v_NV) * share_M[:, None]
+        # Not the output: it has more dims than there are keys, and another layout.
+        weights_MN = narrow(weights_MN * share_M[:, None], v_NV.dtype)
+        out_MV = product(weights_MN, v_NV)
         to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
         store_rows(part, to_M * V, live_M, out_MV, V, VP)
         tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
@@ -213,7 +220,9 @@ def _merge(
         from_ME = row_M.to(tl.int64)[:, None] * (N * KT) + entry_E[None, :]
         sum_ME = tl.load(sums + from_ME, mask=block_ME >= 0, other=float("-inf"))
         live_MEV = (sum_ME > float("-inf"))[:, :, None] & (at < V)[None, None, :]
-        part_MEV = tl.load(part + from_ME[:, :, None] * V + at, mask=live_MEV, other=0.0)
+        from_MEV = part + from_ME[:, :, None] * V + at
+        # Read once: what others read again may stay in the L2 cache.
+        part_MEV = tl.load(from_MEV, mask=live_MEV, other=0.0, eviction_policy="evict_first")
         new_M = tl.maximum(peak_M, tl.max(sum_ME, 1))
         level_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         weight_ME = tl.exp2(sum_ME - level_M[:, None])

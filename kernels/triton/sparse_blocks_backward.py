@@ -24,8 +24,8 @@ from .sparse_steps import (
     list_of_rows,
     load_rows,
     rows_of_choices,
-    seen,
     store_rows,
+    within,
 )
 from .sparse_work import take
 from .steps import logits_of, narrow, product, slope_of
@@ -37,8 +37,8 @@ def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     if constants["BYTES"] > 2:
         return [row_tile(16, 8, 1)]
     if max(constants["DP"], constants["VP"]) > 128:
-        return [row_tile(32, 4, 1), row_tile(64, 8, 1)]
-    return [row_tile(64, 4, 2), row_tile(64, 4, 1), row_tile(64, 8, 2), row_tile(128, 8, 1)]
+        return [row_tile(32, 4, 1), row_tile(64, 4, 1)]
+    return [row_tile(64, 4, 2), row_tile(64, 4, 1), row_tile(128, 8, 1)]
 
 
 def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Te
             part, inputs.where[0], owners, dq, chunk.first, rows, inputs.score[0],
             C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, D=shape.dim,
             DP=inputs.constants["DP"], GROUPED=blocks.group_T is not None,
-            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=4,
+            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=1,
         )  # fmt: skip
     return dq
 
@@ -80,6 +80,7 @@ def _parts(
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
+    LONG: tl.constexpr, PLAIN: tl.constexpr,
     KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     _, head, block, begin, count, _ = take(
@@ -92,14 +93,15 @@ def _parts(
     kv = head * served + tl.program_id(1)
     tile = tl.program_id(2)
     key_N = tl.load(starts + block) + tile * BK + tl.arange(0, BK)
-    exists_N = key_N < tl.load(starts + block + 1)
+    stop = tl.load(starts + block + 1)
+    exists_N = key_N < stop
     at_N = key_N.to(tl.int64)
     k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
     v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
     flat_M = choices_of_rows(order, begin, count, 0, R, M, BM)
     for row0 in range(0, count * (M * R), BM):
         token_M, head_M, entry_M, live_M = rows_of_choices(
-            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, BM
+            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, LONG, BM
         )
         flat_M = choices_of_rows(order, begin, count, row0 + BM, R, M, BM)
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
@@ -109,7 +111,8 @@ def _parts(
         row_M = token_M * heads + head_M
         level_M, delta_M = level_of(lse, delta, row_M, live_M)
         first_M, last_M = bounds_of(first, last, token_M, live_M)
-        seen_MN = seen(first_M, last_M, key_N, exists_N)
+        last_M = tl.minimum(last_M, stop)
+        seen_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
         capped_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
         logits_MN = add_bias(capped_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
         weights_MN = tl.where(seen_MN, tl.exp2(logits_MN - level_M[:, None]), 0.0)
@@ -140,7 +143,8 @@ def _sum(
         block_ME = tl.load(list_M[:, None] + (entry_E // KT)[None, :], mask=there_ME, other=-1)
         from_ME = row_M.to(tl.int64)[:, None] * (N * KT) + entry_E[None, :]
         live_MED = (block_ME >= 0)[:, :, None] & (at < D)[None, None, :]
-        part_MED = tl.load(part + from_ME[:, :, None] * D + at, mask=live_MED, other=0.0)
+        from_MED = part + from_ME[:, :, None] * D + at
+        part_MED = tl.load(from_MED, mask=live_MED, other=0.0, eviction_policy="evict_first")
         acc_MD += tl.sum(part_MED.to(tl.float32), 1)
     to_M = token_M.to(tl.int64) * H + head_M
     store_rows(dq, to_M * D, live_M, acc_MD * scale, D, DP)

@@ -30,6 +30,7 @@ from .sparse_steps import (
     load_rows,
     rows_of_choices,
     store_rows,
+    within,
 )
 from .sparse_work import Work, splits_of, take
 from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
@@ -46,9 +47,14 @@ def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     """Row tiles to try; the key tile is given, since it decides what partial sums are."""
     if constants["BYTES"] > 2:
         return [row_tile(16, 8, 1)]
-    if constants["BK"] * (constants["DP"] + constants["VP"]) > 16384:
+    wide = constants["BK"] * (constants["DP"] + constants["VP"]) > 16384
+    if constants["BIASED"]:
+        # One group of warps: two would share the few columns of the biases' product, and a product
+        # of 8 columns was seen to fault on an H200 (Triton 3.6).
+        return [row_tile(32, 4, 1 if wide else 2), row_tile(16, 4, 1)]
+    if wide:
         return [row_tile(32, 8, 1), row_tile(64, 8, 2), row_tile(64, 8, 1)]
-    return [row_tile(32, 4, 2), row_tile(64, 4, 1), row_tile(64, 4, 2), row_tile(64, 8, 2)]
+    return [row_tile(64, 4, 2), row_tile(32, 4, 2), row_tile(64, 4, 1)]
 
 
 def keys(
@@ -113,6 +119,7 @@ def _keys(
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
+    LONG: tl.constexpr, PLAIN: tl.constexpr,
     HG: tl.constexpr, HP: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     work = take(segment_I, item_Z, begin_Z, end_Z, split, blocks, segments)
@@ -124,7 +131,8 @@ def _keys(
     kv = head * served + tl.program_id(1)
     tile = tl.program_id(2)
     key_N = tl.load(starts + block) + tile * BK + tl.arange(0, BK)
-    exists_N = key_N < tl.load(starts + block + 1)
+    stop = tl.load(starts + block + 1)
+    exists_N = key_N < stop
     at_N = key_N.to(tl.int64)
     k_ND = load_rows(k + kv.to(tl.int64) * kh, at_N * kt, exists_N, D, DP)
     v_NV = load_rows(v + kv.to(tl.int64) * vh, at_N * vt, exists_N, V, VP)
@@ -135,7 +143,7 @@ def _keys(
     flat_M = choices_of_rows(order, begin, count, 0, R, M, BM)
     for row0 in range(0, count * (M * R), BM):
         token_M, head_M, _, live_M = rows_of_choices(
-            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, BM
+            flat_M, groups, count, row0, kv, C, G, N, R, M, GROUPED, LONG, BM
         )
         flat_M = choices_of_rows(order, begin, count, row0 + BM, R, M, BM)
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
@@ -145,8 +153,8 @@ def _keys(
         level_M, delta_M = level_of(lse, delta, row_M, live_M)
         first_M, last_M = bounds_of(first, last, token_M, live_M)
         capped_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
-        seen_NM = exists_N[:, None] & (key_N[:, None] >= first_M[None, :])
-        seen_NM &= key_N[:, None] < last_M[None, :]
+        last_M = tl.minimum(last_M, stop)
+        seen_NM = within(first_M[None, :], last_M[None, :], key_N[:, None])
         at_NM = at_N[:, None] * bt + head_M[None, :] * bh
         weights_NM = _weights(capped_NM, seen_NM, level_M, bias + at_NM if BIASED else 0, BIASED)
         dv_NV = dot(narrow(weights_NM, v_NV.dtype), dout_MV, dv_NV)

@@ -25,8 +25,8 @@ from .sparse_steps import (
     keys_of_slots,
     load_rows,
     rows_of_group,
-    seen,
     store_rows,
+    within,
 )
 from .steps import absorb, finish, logits_of, product
 from .tuning import autotuned
@@ -93,6 +93,7 @@ def _forward(
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
+    LONG: tl.constexpr, PLAIN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (M * R + BM - 1) // BM
@@ -100,7 +101,7 @@ def _forward(
     group, unit = tl.program_id(0) // tiles, tl.program_id(1)
     row0 = tl.program_id(0) % tiles * BM
     chooser, kv = unit // (units // C), unit // (units // G)
-    token_M, head_M, live_M = rows_of_group(groups, group, row0, unit, R, GROUPED, BM)
+    token_M, head_M, live_M = rows_of_group(groups, group, row0, unit, R, GROUPED, LONG, BM)
     ids += (group.to(tl.int64) * C + chooser) * N
     k += kv.to(tl.int64) * kh
     v += kv.to(tl.int64) * vh
@@ -114,7 +115,7 @@ def _forward(
         at_N = key_N.to(tl.int64)
         k_ND = load_rows(k, at_N * kt, exists_N, D, DP)
         v_NV = load_rows(v, at_N * vt, exists_N, V, VP)
-        seen_MN = seen(first_M, last_M, key_N, exists_N)
+        seen_MN = exists_N[None, :] & within(first_M[:, None], last_M[:, None], key_N[None, :])
         logits_MN = logits_of(product(q_MD, tl.trans(k_ND)), scale, softcap, CAP)
         logits_MN = add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
         logits_MN = tl.where(seen_MN, logits_MN, float("-inf"))

@@ -108,14 +108,18 @@ class Shape:
 
     @property
     def by_row(self) -> bool:
-        """Whether queries look up their blocks, or blocks gather their queries.
+        """Whether queries look up their blocks in the forward, or blocks gather their queries.
 
         By row, a choice costs the keys and values of its block: 32 KiB of the L2 cache for 64 keys
-        of 128 dims in bf16. By block it costs its rows and their partial results: 1.5 KiB per row,
-        1 KiB of it from device memory, which is half as fast. The two meet near 16 rows, where
-        products by row also stop to be mostly padding. Single keys have no partial results worth
-        writing.
+        of 128 dims in bf16 (8 TB/s on an H200). By block it costs its rows and their partial
+        results: 0.75 KiB per row, most of it from device memory (4 TB/s). The two meet near 16
+        rows. Single keys have no partial results worth writing.
         """
+        return self.rows_of_choice > ROWS_OF_A_DOT or self.block < BLOCK_OF_A_DOT
+
+    @property
+    def by_row_back(self) -> bool:
+        """The same for dq in the backward, where by block a row costs a third more."""
         return self.rows_of_choice >= ROWS_OF_A_DOT or self.block < BLOCK_OF_A_DOT
 
     @property
@@ -131,14 +135,15 @@ class Shape:
         """Tiles of a block."""
         return -(-self.block // self.key_tile)
 
-    def constants(self, scoring: Scoring, grouped: bool) -> dict[str, Any]:
-        """Those that every kernel takes."""
+    def constants(self, scoring: Scoring, grouped: bool, long: bool = False) -> dict[str, Any]:
+        """Those that every kernel takes; `long` for offsets beyond 32 bits."""
         padded = [max(16, triton.next_power_of_2(d)) for d in (self.dim, self.value_dim)]
+        cap, biased = scoring.softcap is not None, scoring.key_bias_SH is not None
         return {
             "C": self.chooser, "G": self.groups, "N": self.width, "L": self.block, "R": self.rows,
             "M": self.tokens, "D": self.dim, "V": self.value_dim, "DP": padded[0], "VP": padded[1],
-            "CAP": scoring.softcap is not None, "BIASED": scoring.key_bias_SH is not None,
-            "GROUPED": grouped, "BYTES": self.item,
+            "CAP": cap, "BIASED": biased, "GROUPED": grouped, "BYTES": self.item, "LONG": long,
+            "PLAIN": scoring.scale > 0 and not cap and not biased,
         }  # fmt: skip
 
 
@@ -170,7 +175,7 @@ class Inputs:
     @classmethod
     def of(
         cls, q_THD: Tensor, k_SGD: Tensor, v_SGV: Tensor, reach: Reach, blocks: Blocks,
-        scoring: Scoring,
+        scoring: Scoring, dout_THV: Tensor | None = None,
     ) -> Inputs:  # fmt: skip
         """The inputs of a call."""
         device, bias = q_THD.device, scoring.key_bias_SH
@@ -178,9 +183,13 @@ class Inputs:
         starts = blocks.grid.mirror.on(device)
         groups = starts if blocks.starts is None else blocks.starts.on(device)
         bounds = reach.first.on(device), reach.last.on(device)
-        constants = shape.constants(scoring, blocks.starts is not None)
+        q, k, v = (dense(x) for x in (q_THD, k_SGD, v_SGV))
+        results = len(q) * shape.heads * max(shape.dim, shape.value_dim)
+        rows = (q, k, v) if dout_THV is None else (q, k, v, dout_THV)
+        long = max(results, *(_extent(x) for x in rows)) >= 2**31
+        constants = shape.constants(scoring, blocks.starts is not None, long)
         return cls(
-            dense(q_THD), dense(k_SGD), dense(v_SGV), starts if bias is None else bias,
+            q, k, v, starts if bias is None else bias,
             (blocks.ids_QCN.contiguous(), starts, groups, *bounds),
             (scoring.scale, 1.0 if scoring.softcap is None else scoring.softcap),
             shape, constants,
@@ -192,6 +201,11 @@ class Inputs:
         bias = self.bias.stride() if self.bias.ndim == 2 else (0, 0)
         tensors = (self.q, self.k, self.v)
         return (*(x.stride(i) for x in tensors for i in (0, 1)), *bias)
+
+
+def _extent(x: Tensor) -> int:
+    """From the first element to behind the last."""
+    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
 
 
 def dense(x: Tensor) -> Tensor:

@@ -37,15 +37,19 @@ def store_rows(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.c
 
 @triton.jit
 def rows_of_group(
-    groups, group, row0, unit, R: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr
-):
+    groups, group, row0, unit, R: tl.constexpr, GROUPED: tl.constexpr, LONG: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
     """Tokens and query heads of rows of one query group, and which of them exist."""
     row_M = row0 + tl.arange(0, BM)
     begin, end = group, group + 1
     if GROUPED:
         begin, end = tl.load(groups + group), tl.load(groups + group + 1)
     token_M = begin + row_M // R
-    return token_M.to(tl.int64), (unit * R + row_M % R).to(tl.int64), token_M < end
+    live_M = token_M < end
+    if LONG:
+        token_M = token_M.to(tl.int64)
+    return token_M, unit * R + row_M % R, live_M
 
 
 @triton.jit
@@ -108,7 +112,7 @@ def choices_of_rows(order, begin, count, row0, R: tl.constexpr, M: tl.constexpr,
 @triton.jit
 def rows_of_choices(
     flat_M, groups, count, row0, kv, C: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    R: tl.constexpr, M: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr,
+    R: tl.constexpr, M: tl.constexpr, GROUPED: tl.constexpr, LONG: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Tokens, query heads and list entries of rows that chose a block, and which of them exist.
 
@@ -133,14 +137,16 @@ def rows_of_choices(
     head_M = kv * R + within_M % R
     if C > G:
         head_M = ((flat_M // N) % C).to(tl.int32) * R + within_M % R
-    return token_M.to(tl.int64), head_M.to(tl.int64), entry_M, live_M
+    if LONG:
+        token_M = token_M.to(tl.int64)
+    return token_M, head_M, entry_M, live_M
 
 
 @triton.jit
-def seen(first_M, last_M, key_N, exists_N):
-    """Which keys exist and lie in the reach of which rows, [M, N]."""
-    key_1N = key_N[None, :]
-    return exists_N[None, :] & (key_1N >= first_M[:, None]) & (key_1N < last_M[:, None])
+def within(first, last, key):
+    """Whether first <= key < last, by one comparison: what is negative is large without a sign."""
+    size = tl.maximum(last - first, 0)
+    return (key - first).to(tl.uint32) < size.to(tl.uint32)
 
 
 @triton.jit

@@ -4,6 +4,8 @@ What passes here is entered as proven: in `backends.TABLE`, in `cuda.standing`.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from longspan.kernels.scoring import Scoring
 from longspan.kernels.selection import select_blocks
 from longspan.kernels.selection_rule import SelectionRule
 from longspan.kernels.top import top_ids
+from longspan.kernels.triton.tuning import Tuned
 from longspan.kernels.windows import Windows
 from reference.visibility import chosen, visible_in
 from support.attention_cases import CPU, SCALE, Case, assert_close_as_naive, run_case
@@ -81,7 +84,7 @@ DENSE = [
 SPARSE = [
     LARGE,
     *(replace(BLOCKS, reach=name) for name in REACHES),
-    *(replace(BLOCKS, repeat=repeat) for repeat in (1, 2, 16)),
+    *(replace(BLOCKS, repeat=repeat) for repeat in (1, 2, 16, 32)),
     *(replace(BLOCKS, dims=dims, repeat=repeat) for dims in DIMS for repeat in (2, 16)),
     *(replace(BLOCKS, dtype=dtype) for dtype in DTYPES),
     *(replace(BLOCKS, options=True, repeat=repeat) for repeat in (4, 16)),
@@ -129,9 +132,40 @@ def blocks_of(shape: Shape, draw) -> Blocks:
     return Blocks.choose(torch.cat([ids, own_QC1], -1), grid, starts, check=True)
 
 
-@pytest.mark.parametrize("backend", ["triton", "flash", "cudnn"])
-@pytest.mark.parametrize("shape", DENSE + SPARSE, ids=str)
-def test_errors_are_those_of_the_dtype(backend, shape):
+@dataclass(frozen=True)
+class Launcher:
+    """A kernel with one of its launch options."""
+
+    kernel: Any
+    config: Any
+
+    def __getitem__(self, grid):
+        return partial(self.kernel[grid], **self.config.all_kwargs())
+
+
+@pytest.fixture
+def launch_option(monkeypatch):
+    """Triton's kernels run with the numbered one of their launch options, without a search."""
+
+    def choose(number: int) -> None:
+        def tuner(self, configs):
+            return Launcher(self.kernel, configs[number % len(configs)])
+
+        monkeypatch.setattr(Tuned, "_tuner", tuner)
+
+    return choose
+
+
+CALLS = [
+    *((backend, shape, n) for n, shape in enumerate(DENSE + SPARSE)
+      for backend in ("triton", "flash", "cudnn")),
+    *(("triton", shape, n) for shape in (Shape(), BLOCKS, LARGE) for n in range(4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "shape", "option"), CALLS, ids=str)
+def test_errors_are_those_of_the_dtype(backend, shape, option, launch_option):
+    launch_option(option)
     case = case_of(shape)
     tensors = case.q, case.k, case.v
     scoring = Scoring(SCALE, case.softcap, case.learned.get("key_bias_SH"))
@@ -148,7 +182,8 @@ def test_errors_are_those_of_the_dtype(backend, shape):
 
 
 @pytest.mark.parametrize("shape", [replace(BLOCKS, size=1, count=64), BLOCKS, LARGE], ids=str)
-def test_deterministic(shape):
+def test_deterministic(shape, launch_option):
+    launch_option(1)
     case = case_of(shape)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -10,6 +10,7 @@ from longspan.kernels.triton import sparse_blocks, sparse_keys
 from longspan.kernels.triton.sparse_shape import Shape
 from longspan.kernels.triton.sparse_work import Work, cut
 from support.attention_cases import SCALE, assert_close_as_naive, draw_case, run_case
+from support.bounds import in_bounds
 from support.poison import poisoned
 from support.triton_compile import run
 
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def order(request):
     """Both orders, whatever the shape; small splits and chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shape, "by_row", request.param == "by_row")
+        for name in ("by_row", "by_row_back"):
+            patch.setattr(Shape, name, request.param == "by_row")
         patch.setattr(sparse_blocks, "BUFFER", 2**13)
         patch.setattr(sparse_blocks, "ROWS_OF_A_PROGRAM", 20)
         patch.setattr(sparse_keys, "LEAST_ROWS", 20)
@@ -28,7 +30,7 @@ def order(request):
 
 
 def assert_close_to_twin(case, device):
-    with poisoned():
+    with poisoned(), in_bounds():
         got, ways = run_case(case, device)
     assert_close_as_naive(case, got, ways)
 
@@ -119,11 +121,13 @@ def test_same_sums_in_every_run(order, device):
 
 def test_few_rows_go_by_block():
     shapes = {}
-    for heads, size in ((1, 64), (8, 64), (16, 64), (8, 1)):
+    for heads, size in ((1, 64), (16, 64), (17, 64), (8, 1)):
         blocks = Blocks.choose(torch.zeros(4, 1, 2).int(), Grid.documents([0, 64], size))
         q, k = torch.zeros(4, heads, 8), torch.zeros(64, 1, 8)
-        shapes[heads, size] = Shape.of(q, k, k, blocks).by_row
-    assert shapes == {(1, 64): False, (8, 64): False, (16, 64): True, (8, 1): True}
+        shape = Shape.of(q, k, k, blocks)
+        shapes[heads, size] = shape.by_row, shape.by_row_back
+    both, back, neither = (True, True), (False, True), (False, False)
+    assert shapes == {(1, 64): neither, (16, 64): back, (17, 64): both, (8, 1): both}
 
 
 @settings(max_examples=30, deadline=None)
