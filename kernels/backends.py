@@ -55,11 +55,11 @@ class Backend:
 
 TABLE = (
     Backend("cudnn", "cuDNN through PyTorch", ".library.cudnn", None, frozenset({"cuda"})),
-    Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset({"cuda"})),
     Backend("triton", "own Triton kernels", ".triton.backend", "triton", frozenset({"cuda"})),
+    Backend("flash", "FlashAttention-2 in PyTorch", ".library.flash", None, frozenset({"cuda"})),
     Backend("eager", "PyTorch's own operators", ".eager.backend", None, frozenset({"cpu", "cuda"})),
 )
-"""In order of preference."""
+"""In order of preference: what was faster on an H200, see `benchmarks/results`."""
 
 _asked: ContextVar[str | None] = ContextVar("backend", default=None)
 
@@ -125,14 +125,20 @@ def _scores_by_triton(q_THD: Tensor) -> bool:
 
 def standing(device: str) -> Iterator[tuple[str, str, str]]:
     """Name of each backend, what it is, and how it stands on a type of device."""
+    asked, choice = os.environ.get(OVERRIDE), 0
     for backend in TABLE:
-        missing = backend.needs is not None and find_spec(backend.needs) is None
-        remark = f"default on {device}"
-        if missing:
+        if backend.needs is not None and find_spec(backend.needs) is None:
             remark = f"{backend.needs} is not installed"
-        elif device not in backend.proven:
-            remark = f"not proven on {device}: only with {OVERRIDE}={backend.name}"
+        elif asked is not None:
+            remark = f"{OVERRIDE}={asked}" if backend.name == asked else "not asked for"
+        elif device in backend.proven:
+            choice += 1
+            remark = f"choice {choice} on {device}, for what it can serve"
+        else:
+            remark = f"not used on {device}"
         yield backend.name, backend.about, remark
+    if asked is not None and asked not in [backend.name for backend in TABLE]:
+        yield asked, "no such backend", f"unset {OVERRIDE} or name one of these"
 
 
 def _by_name(name: str) -> Backend:

@@ -21,7 +21,6 @@ _PACKAGES = ("torch", "megatron-core", "numpy", "pydantic", "tokenizers", "pyarr
 
 # Module, package, what it would give, how to get it.
 _OPTIONAL = (
-    ("triton", "triton", "GPU kernels written in Python", "pip install triton"),
     ("flash_attn", "flash-attn", "fused attention on GPUs", "pip install flash-attn"),
     (
         "transformer_engine",

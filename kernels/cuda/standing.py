@@ -12,7 +12,7 @@ from torch import Tensor
 from .program import installed
 
 OVERRIDE = "LONGSPAN_CUDA"
-"""Environment variable that names the kernels to use although unproven, separated by commas."""
+"""Environment variable that names the kernels to use and no others, separated by commas."""
 
 NAMES = {
     "top": "top-k by a radix select",
@@ -21,7 +21,7 @@ NAMES = {
 }
 """The kernels and what they are."""
 
-PROVEN = frozenset(NAMES)
+PROVEN = frozenset({"invert"})
 """Kernels whose tests have passed on a GPU. Others serve only those who ask for them by name."""
 
 _asked: ContextVar[frozenset[str] | None] = ContextVar("cuda_kernels", default=None)
@@ -29,7 +29,7 @@ _asked: ContextVar[frozenset[str] | None] = ContextVar("cuda_kernels", default=N
 
 @contextmanager
 def use(*names: str) -> Iterator[None]:
-    """Calls inside on a GPU use these kernels, or fail with the reason why they cannot."""
+    """Calls inside on a GPU use these kernels and no others, or fail with the reason why not."""
     token = _asked.set(_known(names))
     try:
         yield
@@ -46,18 +46,21 @@ def serves(name: str, tensor: Tensor) -> bool:
     if not tensor.is_cuda:
         return False
     asked = _asked.get()
-    if asked is None:
-        names = os.environ.get(OVERRIDE, "").split(",")
+    if asked is None and OVERRIDE in os.environ:
+        names = os.environ[OVERRIDE].split(",")
         asked = _known(tuple(name.strip() for name in names if name.strip()))
-    return name in asked or (name in PROVEN and installed())
+    return name in PROVEN and installed() if asked is None else name in asked
 
 
 def standing() -> Iterator[tuple[str, str, str]]:
     """Name of each kernel, what it is, and how it stands on a GPU."""
+    given = os.environ.get(OVERRIDE)
     for name, about in NAMES.items():
         remark = "default on cuda"
         if not installed():
             remark = "cuda-core is not installed"
+        elif given is not None:
+            remark = f"{OVERRIDE}={given}" if name in given else "not asked for"
         elif name not in PROVEN:
             remark = f"not proven on cuda: only with {OVERRIDE}={name}"
         yield name, about, remark

@@ -232,7 +232,8 @@ def test_cuda_top(candidates, count):
     scores[torch.rand(scores.shape, generator=draw, device="cuda") < 0.1] = float("-inf")
     scores[::7, ::3] = float("inf")
     scores[5, 2] = float("nan")
-    want = top_ids(scores, count)
+    with standing.use():
+        want = top_ids(scores, count)
     with standing.use("top"):
         assert torch.equal(top_ids(scores, count), want)
 
@@ -243,7 +244,8 @@ def test_cuda_invert(blocks, heads, as_one):
     draw = torch.Generator("cuda").manual_seed(blocks)
     ids = torch.randint(-1, blocks, (3000, heads, 16), generator=draw, device="cuda")
     picked = Blocks.choose(ids, Grid.documents([0, 4 * blocks], 4))
-    want = Inverse.of(picked, as_one)
+    with standing.use():
+        want = Inverse.of(picked, as_one)
     with standing.use("invert"):
         got = Inverse.of(picked, as_one)
     assert torch.equal(got.starts_CB1, want.starts_CB1)
@@ -260,7 +262,8 @@ def test_cuda_merge(dtype):
     lse[lse < -2] = float("-inf")
     lse[:100] = float("-inf")
     parts[lse == float("-inf")] = float("nan")
-    want = merge_parts(parts, lse)
+    with standing.use():
+        want = merge_parts(parts, lse)
     with standing.use("merge"):
         got = merge_parts(parts, lse)
     eps = torch.finfo(dtype).eps
@@ -285,7 +288,7 @@ def test_triton_selection(rule, repeat):
                for n in (2 * repeat, 2))  # fmt: skip
     windows, grid = Windows.documents(cu, 32, 16), Grid.documents(cu, 64)
     inputs = q, pool(keys, windows, "mean"), windows, grid, Reach.documents(cu), rule
-    with use("eager"):
+    with use("eager"), standing.use():
         want = select_blocks(*inputs, scale=0.1).ids_QCN
     with use("triton"), standing.use("top"):
         got = select_blocks(*inputs, scale=0.1).ids_QCN

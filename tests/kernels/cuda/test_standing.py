@@ -1,4 +1,4 @@
-"""No CUDA kernel serves unasked before it has run on a GPU."""
+"""CUDA kernels serve unasked only where their tests passed on a GPU."""
 
 import types
 
@@ -18,8 +18,8 @@ def nothing_asked(monkeypatch):
     monkeypatch.delenv(OVERRIDE, raising=False)
 
 
-def test_nothing_is_proven():
-    assert not standing.PROVEN
+def test_nothing_unproven_serves(monkeypatch):
+    monkeypatch.setattr(standing, "PROVEN", frozenset())
     assert not any(serves(name, ON_GPU) for name in standing.NAMES)
 
 
@@ -49,6 +49,9 @@ def test_asked_for(monkeypatch):
             assert not serves("invert", ON_GPU)
     monkeypatch.setenv(OVERRIDE, " top, merge")
     assert serves("top", ON_GPU) and serves("merge", ON_GPU) and not serves("invert", ON_GPU)
+    monkeypatch.setattr(standing, "installed", lambda: True)
+    remarks = {name: remark for name, _, remark in standing.standing()}
+    assert remarks["top"].endswith("top, merge") and remarks["invert"] == "not asked for"
 
 
 def test_unknown_names(monkeypatch):
@@ -76,7 +79,8 @@ def test_who_asks_gets_them(shim, monkeypatch):
     for module in (top, blocks, merge):
         monkeypatch.setattr(module, "serves", lambda name, _: serves(name, ON_GPU))
     shim.launches.clear()
-    everything()
+    with use():
+        everything()
     assert shim.launches == []
     with use(*standing.NAMES):
         got = everything()
