@@ -14,7 +14,7 @@ from .blocks import Blocks
 from .precision import finite, wide_dtype
 from .reach import Reach
 from .request import Request
-from .scoring import Gradients, Scoring
+from .scoring import Gradients, Scoring, delta
 
 
 @torch.no_grad()
@@ -120,9 +120,7 @@ def attend_backward(
         return grads
     weight_TH = (_sink(sink_H, q_THD).to(lse_TH.dtype) - finite(lse_TH)).exp()
     # The sink's value is 0: its score has the gradient weight * (0 - dout . out + dlse).
-    delta_TH = (dout_THV.to(lse_TH.dtype) * out_THV.to(lse_TH.dtype)).sum(-1)
-    if dlse_TH is not None:
-        delta_TH = delta_TH - dlse_TH
+    delta_TH = delta(dout_THV.to(lse_TH.dtype), out_THV.to(lse_TH.dtype), dlse_TH)
     return grads._replace(dsink_H=-(weight_TH * delta_TH).sum(0))
 
 

@@ -44,3 +44,9 @@ class Gradients(NamedTuple):
     dv_SGV: Tensor
     dsink_H: Tensor | None = None
     dkey_bias_SH: Tensor | None = None
+
+
+def delta(dout_THV: Tensor, out_THV: Tensor, dlse_TH: Tensor | None) -> Tensor:
+    """dout . out - dlse, which softmax gradients subtract from every score's: [T, H]."""
+    delta_TH = (dout_THV * out_THV).sum(-1)
+    return delta_TH if dlse_TH is None else delta_TH - dlse_TH

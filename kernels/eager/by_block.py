@@ -15,8 +15,8 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..precision import finite
 from ..reach import Reach
-from ..scoring import Gradients, Scoring
-from .dense import delta, ready
+from ..scoring import Gradients, Scoring, delta
+from .dense import ready
 from .visits import Visit, visits
 
 # Rows times heads of one visit.

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..precision import finite
 from ..reach import Reach
-from ..scoring import Gradients, Scoring
+from ..scoring import Gradients, Scoring, delta
 from ..slots import Slots
-from .dense import delta, ready
+from .dense import ready
 
 # Elements of the gathered keys that exist at once.
 MAX_GATHERED = 2**22

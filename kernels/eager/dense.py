@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..merge import merge
-from ..pieces import Piece, RowGroup
+from ..pieces import RowGroup
 from ..precision import wide
 from ..reach import Reach
-from ..scoring import Gradients, Scoring
+from ..scoring import Gradients, Scoring, delta
 from . import cpu, plain
 
 
@@ -103,12 +103,6 @@ def ready(x: Tensor, width: int = 0) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def delta(dout_THV: Tensor, out_THV: Tensor, dlse_TH: Tensor | None) -> Tensor:
-    """dout . out - dlse, which softmax gradients subtract from every score's: [T, H]."""
-    delta_TH = (dout_THV * out_THV).sum(-1)
-    return delta_TH if dlse_TH is None else delta_TH - dlse_TH
-
-
 def _plain_backward(
     dout_THV: Tensor,
     q_THD: Tensor,
@@ -161,15 +155,17 @@ def _calls(
 ) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """Rows, keys and the operator's options for each piece of a group."""
     for piece in group.pieces:
-        mask_TS = _mask(reach, group, piece, like) if piece.kind == "masked" else None
+        mask_TS = None
+        if piece.kind == "masked":
+            at = slice(group.start, group.stop)
+            bounds = (x.on(like.device)[at] for x in (reach.first, reach.last))
+            mask_TS = mask(*bounds, slice(piece.first, piece.last), like)
         how = {"causal": piece.kind == "causal", "mask_TS": mask_TS}
         yield slice(group.start, group.stop), slice(piece.first, piece.last), how
 
 
-def _mask(reach: Reach, group: RowGroup, piece: Piece, like: Tensor) -> Tensor:
-    """The additive mask of a masked piece: 0 where visible, -inf elsewhere."""
-    rows = slice(group.start, group.stop)
-    first_T, last_T = reach.first.on(like.device)[rows], reach.last.on(like.device)[rows]
-    key_S = torch.arange(piece.first, piece.last, device=like.device)
+def mask(first_T: Tensor, last_T: Tensor, keys: slice, like: Tensor) -> Tensor:
+    """The additive mask of some rows over some keys: 0 where visible, -inf elsewhere."""
+    key_S = torch.arange(keys.start, keys.stop, device=like.device)
     visible_TS = (key_S >= first_T[:, None]) & (key_S < last_T[:, None])
     return like.new_zeros(visible_TS.shape).masked_fill_(~visible_TS, float("-inf"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from ..reach import Reach
+from .dense import mask
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Visit:
 def visits(reach: Reach, blocks: Blocks, like: Tensor, most: int) -> Iterator[Visit]:
     """Every visible (row, block) pair in exactly one visit of at most `most` rows.
 
-    Waits for the device, once.
+    Waits for the device, before the first and not again.
     """
     device, count = like.device, len(blocks.grid)
     starts_B1 = blocks.grid.mirror.on(device)
@@ -56,7 +57,7 @@ def visits(reach: Reach, blocks: Blocks, like: Tensor, most: int) -> Iterator[Vi
         if len(partly_L) + len(wholly) == 0:
             continue
         keys = slice(bounds[at % count], bounds[at % count + 1])
-        mask_LS = _mask(first_T[partly_L], last_T[partly_L], keys, like)
+        mask_LS = mask(first_T[partly_L], last_T[partly_L], keys, like)
         rows_M = torch.cat([partly_L, wholly])
         # Some blocks are chosen by every row: what a visit computes should stay in the caches.
         for start in range(0, len(rows_M), most):
@@ -79,9 +80,3 @@ def _choices(blocks: Blocks) -> tuple[Tensor, Tensor]:
     within -= torch.repeat_interleave(ends - rows_P, rows_P)
     row_P = torch.repeat_interleave(starts[group_P], rows_P) + within
     return row_P, torch.repeat_interleave(key_P, rows_P)
-
-
-def _mask(first_L: Tensor, last_L: Tensor, keys: slice, like: Tensor) -> Tensor:
-    key_S = torch.arange(keys.start, keys.stop, device=like.device)
-    visible_LS = (key_S >= first_L[:, None]) & (key_S < last_L[:, None])
-    return like.new_zeros(visible_LS.shape).masked_fill_(~visible_LS, float("-inf"))

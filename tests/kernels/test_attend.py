@@ -2,10 +2,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longspan.kernels.alignment import align
 from longspan.kernels.attend import attend, attend_backward
+from longspan.kernels.blocks import Blocks
 from longspan.kernels.eager import dense, plain
+from longspan.kernels.grid import Grid
 from longspan.kernels.merge import merge
+from longspan.kernels.pool import pool
 from longspan.kernels.reach import Reach
+from longspan.kernels.selection import select_blocks
+from longspan.kernels.selection_rule import SelectionRule
+from longspan.kernels.windows import Windows
 from reference.attention import naive_attend, naive_gradients
 from reference.visibility import visible_in
 from support.memory import peak_growth
@@ -224,3 +231,27 @@ def test_64k_tokens_in_bounded_memory():
     visible = visible_in(near.first_T, near.last_T, tokens - 20_001)
     want, _ = naive_attend(q[last], k[20_001:], v[20_001:], visible, SCALE)
     torch.testing.assert_close(out[last].double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_leaves_are_not_recorded_and_gradients_are_those_of_detached_ones():
+    """Inputs that require gradients, as in a model: nothing here is differentiable by itself."""
+    reach, grid = Reach.documents([0, 9]), Grid.documents([0, 9], 4)
+    ids = torch.arange(9)[:, None, None] // 4
+    tensors = [torch.randn(9, n, 4, requires_grad=True) for n in (2, 1, 1)]
+    for blocks in (None, Blocks.choose(ids, grid)):
+        out, lse = attend(*tensors, reach, blocks, scale=SCALE)
+        assert not out.requires_grad and not lse.requires_grad
+        grads = attend_backward(out, *tensors, out, lse, reach, blocks, scale=SCALE)
+        detached = [x.detach() for x in tensors]
+        wants = attend_backward(out, *detached, out, lse, reach, blocks, scale=SCALE)
+        for grad, want in zip(grads[:3], wants[:3], strict=True):
+            assert torch.equal(grad, want) and not grad.requires_grad
+
+
+def test_other_functions_do_not_record_either():
+    cu, leaf = [0, 9], torch.randn(9, 2, 4, requires_grad=True)
+    windows, grid, reach = Windows.documents(cu, 4, 2), Grid.documents(cu, 4), Reach.documents(cu)
+    pooled = pool(leaf, windows, "mean")
+    assert not pooled.requires_grad
+    select_blocks(leaf, pooled, windows, grid, reach, SelectionRule(2), scale=SCALE)
+    assert not any(x.requires_grad for x in align(leaf, leaf * 2, torch.ones(9)))
