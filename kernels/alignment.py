@@ -17,11 +17,11 @@ MAX_ELEMENTS = 2**21
 
 
 class Alignment(NamedTuple):
-    """The loss, and its gradients in the dtypes of the outputs.
+    """The loss, and its gradients.
 
     Attributes:
         total: Weighted sum over the rows, fp32 (fp64 for fp64 outputs).
-        da_THV: Gradient of the first output.
+        da_THV: Gradient of the first output, in the dtype of the total.
         db_THV: Gradient of the second one.
     """
 
@@ -65,8 +65,11 @@ def align(
         raise ValueError(f"beta must not be negative: {beta}")
     per_row = a_THV.shape[1] * a_THV.shape[2]
     width = per_row if width is None else width
+    if width < 1 and per_row:
+        raise ValueError(f"a row has at least 1 element, not {width}")
     total = torch.zeros((), dtype=wide_dtype(a_THV), device=a_THV.device)
-    da_THV, db_THV = torch.empty_like(a_THV), torch.empty_like(b_THV)
+    # In fp16 what a mean over many elements leaves of a gradient would be 0.
+    da_THV, db_THV = (x.new_empty(x.shape, dtype=total.dtype) for x in (a_THV, b_THV))
     step = max(1, elements // max(1, per_row))
     for start in range(0, len(a_THV), step):
         rows = slice(start, start + step)

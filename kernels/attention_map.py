@@ -63,6 +63,13 @@ class AttentionMap:
         if groups % maps and maps % groups:
             raise ValueError(f"{maps} maps and the key-value heads of {shapes}: one must divide "
                              "the other")  # fmt: skip
+        for name in ("over_heads", "over_keys"):
+            if getattr(self, name) not in ("sum", "max"):
+                raise ValueError(f"{name} is sum or max, not {getattr(self, name)!r}")
+        bias_SH = self.scoring.key_bias_SH
+        if bias_SH is not None and bias_SH.shape != (len(k), heads):
+            raise ValueError(f"biases must be [S, H] = {[len(k), heads]}, not "
+                             f"{list(bias_SH.shape)}")  # fmt: skip
         if self.lse_TH.shape != q.shape[:2]:
             raise ValueError(f"the lse must be [T, H] like {shapes}, not "
                              f"{list(self.lse_TH.shape)}")  # fmt: skip
@@ -118,5 +125,5 @@ class AttentionMap:
         if scoring.key_bias_SH is not None:
             scores_MrL += wide(slots.of_keys(scoring.key_bias_SH[:, heads], c)).mT
         lse_Mr1 = self.lse_TH[slots.rows, heads, None].to(scores_MrL.dtype)
-        # A row that sees nothing has lse -inf; its weights are all masked.
-        return scores_MrL.sub_(lse_Mr1.masked_fill(lse_Mr1 == float("-inf"), 0.0)).exp_()
+        # A row whose attention saw nothing has lse -inf, and no weights.
+        return scores_MrL.sub_(lse_Mr1.masked_fill(lse_Mr1 == float("-inf"), float("inf"))).exp_()

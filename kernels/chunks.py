@@ -38,6 +38,18 @@ class Chunk:
         return slice(self.start, self.stop)
 
 
+def halves(reach: Reach, chunk: Chunk) -> list[Chunk]:
+    """The chunks of the two halves of a chunk's rows that see something."""
+    found, middle = [], (chunk.start + chunk.stop) // 2
+    for start, stop in ((chunk.start, middle), (middle, chunk.stop)):
+        first_T, last_T = reach.first_T[start:stop], reach.last_T[start:stop]
+        sees_T = first_T < last_T
+        if bool(sees_T.any()):
+            bounds = int(first_T[sees_T].min()), int(last_T[sees_T].max())
+            found.append(Chunk(start, stop, *bounds))
+    return found
+
+
 def plan_chunks(reach: Reach, pairs: int, width: int | None = None) -> list[Chunk]:
     """Cuts the rows of a reach; those that see nothing may be in no chunk.
 

@@ -74,6 +74,15 @@ class Grid:
         return int(self.starts_B1.diff().max()) if len(self) else 0
 
     @cached_property
+    def uniform(self) -> bool:
+        """Whether all blocks have as many keys."""
+        return bool((self.starts_B1.diff() == self.largest).all())
+
+    def largest_of(self, first: int, last: int) -> int:
+        """Keys in the largest of the blocks `first` to `last` - 1."""
+        return self.largest if self.uniform else int(self.starts_B1[first : last + 1].diff().max())
+
+    @cached_property
     def mirror(self) -> Mirror:
         """`starts_B1` as int32 on other devices."""
         return Mirror(self.starts_B1)

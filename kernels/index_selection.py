@@ -21,6 +21,7 @@ from .mirror import Mirror
 from .precision import wide, wide_dtype
 from .reach import Reach
 from .running_top import RunningTop
+from .selection_rule import LAST
 from .slots import Slots, unit_range
 from .top import top_ids
 
@@ -95,7 +96,8 @@ def select_index_blocks(
             forced_MU = unit_U < first_T[slots.rows, None] + initial
             forced_MU |= unit_U >= last_T[slots.rows, None] - local
             forced_CMU = forced_MU & (scores_CMU > float("-inf"))
-            scores_CMU.masked_fill_(forced_CMU, float("inf"))
+            # What is forced must not tie with a score that overflowed.
+            scores_CMU.clamp_(max=-LAST).masked_fill_(forced_CMU, float("inf"))
         return scores_CMU
 
     return _choose(score, index, reach, grid, count, elements)
@@ -137,6 +139,8 @@ def select_tokens_in_blocks(
     _check(index, reach, grid, count)
     if budget < 2:
         raise ValueError(f"the budget must be at least 2 blocks, not {budget}")
+    if pool not in ("mean", "max"):
+        raise ValueError(f"the index keys of a block become one by mean or max, not {pool!r}")
     coarse = _coarse(index, reach, grid, budget, pool, elements)
     tokens = _tokens(len(index.k_SED))
     ids_QCN = torch.full(
@@ -231,8 +235,7 @@ def _block_scores(index: Index, slots: Slots, elements: int) -> Tensor:
 
 def _tiles(first: int, last: int, grid: Grid) -> list[slice]:
     """Blocks [first, last) in ranges of at most TILE_KEYS places, or of one block."""
-    size = int(grid.starts_B1[first : last + 1].diff().max())
-    step = max(1, TILE_KEYS // max(1, size))
+    step = max(1, TILE_KEYS // max(1, grid.largest))
     tiles = [slice(at, min(at + step, last)) for at in range(first, last, step)]
     bounds = grid.starts_B1
     return [tile for tile in tiles if int(bounds[tile.start]) < int(bounds[tile.stop])]
@@ -275,5 +278,5 @@ def _check(index: Index, reach: Reach, grid: Grid, count: int) -> None:
         raise ValueError(f"{len(index.q_TCJD)} index queries, but a reach of {len(reach)}")
     if int(grid.starts_B1[-1]) > keys:
         raise ValueError(f"{keys} index keys, but a grid of {int(grid.starts_B1[-1])}")
-    if not reach.empty and int(reach.last_T.max()) > keys:
-        raise ValueError(f"{keys} index keys, but a reach up to {int(reach.last_T.max())}")
+    if reach.stop > keys:
+        raise ValueError(f"{keys} index keys, but a reach up to {reach.stop}")

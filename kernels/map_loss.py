@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention_map import AttentionMap
 from .blocks import Blocks
-from .chunks import plan_chunks
+from .chunks import halves, plan_chunks
 from .gate import Gate, GateGradients, add_gate_gradients, gate_logits
 from .grid import Grid
 from .indexer import MAX_ELEMENTS, Index, IndexGradients, add_index_gradients, index_scores
@@ -251,12 +251,19 @@ def _all_slots(
     whole, pairs = reach, elements // target.maps
     if groups is not None:
         whole, pairs = groups.reach(reach), pairs // max(1, groups.largest)
-    for chunk in plan_chunks(whole, max(1, pairs)):
+    waiting = plan_chunks(whole, max(1, pairs))[::-1]
+    while waiting:
+        chunk = waiting.pop()
         first, last = unit_range(chunk, grid)
-        bounds = grid.starts_B1
-        if first < last and int(bounds[first]) < int(bounds[last]):
-            rows = chunk if groups is None else groups.rows_of(chunk)
-            yield Slots.shared(rows, slice(first, last), grid, reach, target.q_THD), chunk.rows
+        bounds, rows = grid.starts_B1, chunk.stop - chunk.start
+        if first >= last or int(bounds[first]) >= int(bounds[last]):
+            continue
+        # Every block has as many places as the largest of the chunk, which are not all keys.
+        if rows > 1 and rows * (last - first) * grid.largest_of(first, last) > 2 * max(1, pairs):
+            waiting += halves(whole, chunk)[::-1]
+            continue
+        chunk_rows = chunk if groups is None else groups.rows_of(chunk)
+        yield Slots.shared(chunk_rows, slice(first, last), grid, reach, target.q_THD), chunk.rows
 
 
 def _check(
@@ -278,9 +285,9 @@ def _check(
     if predictor.queries.shape[1] != maps:
         raise ValueError(f"{predictor.queries.shape[1]} block heads cannot predict {maps} maps")
     grid = over.grid if isinstance(over, Blocks) else over
-    if int(grid.starts_B1[-1]) > keys or (not reach.empty and int(reach.last_T.max()) > keys):
+    if max(int(grid.starts_B1[-1]), reach.stop) > keys:
         raise ValueError(f"{keys} keys, but a grid of {int(grid.starts_B1[-1])} and a reach up to "
-                         f"{int(reach.last_T.max())}")  # fmt: skip
+                         f"{reach.stop}")  # fmt: skip
     if isinstance(predictor, _Indexed) and len(predictor.keys) != keys:
         raise ValueError(f"{len(predictor.keys)} index keys for {keys} keys")
     if isinstance(over, Blocks):

@@ -40,9 +40,9 @@ def select_blocks(
     """The blocks of `grid` that each query (or query group) chooses; see `SelectionRule`.
 
     A query scores the windows that lie wholly in its reach. Its blocks are those that its reach
-    meets: the first is the document's, the last is its own, and no other is ever chosen. Blocks
-    without a scored window come last, with probability 0 (or after every logit), so a query that
-    sees no window yet has its forced blocks and then the lowest others. Of equal scores the
+    meets: the first is where the reach begins, the last is its own, and no other is ever chosen.
+    Blocks without a scored window come last, with probability 0 (or after every logit), so a query
+    that sees no window yet has its forced blocks and then the lowest others. Of equal scores the
     lowest block is chosen; a query that reaches fewer blocks than the rule wants has them all.
 
     The rows of a query group are one chooser, over the hull of what they reach: its local blocks
@@ -69,15 +69,19 @@ def select_blocks(
 
     Raises:
         ValueError: Shapes that contradict each other, a rule that forces more blocks on a query
-            group than it chooses, or an lse that has no use.
+            group than it chooses, an lse that has no use, or logits of a query group whose rows
+            are not neighbours.
     """
     _check(q_THD, k_PGD, windows, grid, reach, query_starts)
-    _check_lse(q_THD, k_PGD, rule, lse_TH, coarse)
+    _check_lse(q_THD, k_PGD, windows.keys, rule, lse_TH, coarse)
     todo = plan(windows, grid, reach, query_starts)
     forced = todo.most_forced(rule.initial, rule.local)
     if forced > rule.total:
         raise ValueError(f"the rule chooses {rule.total} blocks but forces {forced} on a query "
                          "group that lies in several")  # fmt: skip
+    if rule.statistic == "logit" and todo.grouped and not todo.joined:
+        raise ValueError("logits of a query group whose rows see windows with others between that "
+                         "no row sees: end groups where rows are not neighbours")  # fmt: skip
     far = None if coarse is None else (coarse.k_PGD, visible(coarse.windows, reach))
     scorer, block_scores = selection_steps(q_THD)
     score = scorer(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
@@ -138,23 +142,32 @@ def _check(
                          f"{q.device}, {k.dtype} on {k.device}")  # fmt: skip
     if len(q) != len(reach) or len(k) != len(windows):
         raise ValueError(f"{shapes}, but a reach of {len(reach)} and {len(windows)} windows")
+    if reach.stop > windows.keys:
+        raise ValueError(f"a reach up to {reach.stop}, but windows over {windows.keys} keys")
     if windows.keys != int(grid.starts_B1[-1]):
         raise ValueError(f"windows over {windows.keys} keys and blocks of "
                          f"{int(grid.starts_B1[-1])}")  # fmt: skip
     if groups is not None:
         boundaries(groups, "query groups", stop=len(q))
+        if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
+            raise ValueError("boundaries of query groups must be a tensor of int64 on the host")
 
 
 def _check_lse(
-    q: Tensor, k: Tensor, rule: SelectionRule, lse: Tensor | None, coarse: Pooled | None
+    q: Tensor, k: Tensor, keys: int, rule: SelectionRule, lse: Tensor | None, coarse: Pooled | None
 ) -> None:
     if lse is None and coarse is None:
         return
     if rule.statistic == "logit" or (lse is not None and coarse is not None):
-        raise ValueError("probabilities need one lse or coarser keys to take it from, not both; "
-                         "logits need neither")  # fmt: skip
+        raise ValueError("probabilities take one lse or coarser keys to take it from, not both; "
+                         "logits take neither")  # fmt: skip
     if lse is not None and lse.shape != q.shape[:2]:
         raise ValueError(f"the lse must be [T, H] = {list(q.shape[:2])}, not {list(lse.shape)}")
+    if coarse is not None and coarse.windows.keys != keys:
+        raise ValueError(f"coarser keys of {coarse.windows.keys} keys beside {keys}")
+    if coarse is not None and (coarse.k_PGD.dtype, coarse.k_PGD.device) != (k.dtype, k.device):
+        raise ValueError(f"coarser keys in {coarse.k_PGD.dtype} on {coarse.k_PGD.device} beside "
+                         f"{k.dtype} on {k.device}")  # fmt: skip
     if coarse is not None and coarse.k_PGD.shape[1:] != k.shape[1:]:
         raise ValueError(f"coarser keys [P, G, D] = {list(coarse.k_PGD.shape)} beside "
                          f"{list(k.shape)}")  # fmt: skip

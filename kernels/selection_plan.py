@@ -127,6 +127,19 @@ class SelectionPlan:
         return int(forced_Q.max()) if len(forced_Q) else 0
 
     @cached_property
+    def joined(self) -> bool:
+        """Whether what the rows of a group see of the windows is one interval, in all groups."""
+        sizes_Q = self.starts_Q1.diff()
+        group_T = torch.repeat_interleave(torch.arange(len(sizes_Q)), sizes_Q)
+        sees_T = self.seen.first_T < self.seen.last_T
+        # Far enough apart that an interval of one group never joins that of another.
+        before_T = group_T[sees_T] * (len(self.windows) + 2)
+        first_T, order_T = (self.seen.first_T[sees_T] + before_T).sort()
+        reached_T = (self.seen.last_T[sees_T] + before_T)[order_T].cummax(0).values
+        same_T = before_T[order_T].diff() == 0
+        return not bool((same_T & (first_T[1:] > reached_T[:-1])).any())
+
+    @cached_property
     def overlapping(self) -> Bounds:
         """The windows that overlap each block, [B]."""
         starts_B, stops_B = self.grid.starts_B1[:-1], self.grid.starts_B1[1:]
@@ -178,13 +191,13 @@ class SelectionPlan:
         return max(group + 1, int(torch.searchsorted(self.starts_Q1, end, right=True)) - 1)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def visible(windows: Windows, reach: Reach) -> Reach:
     """`Windows.reach`; of the same objects made once."""
     return windows.reach(reach)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def plan(windows: Windows, grid: Grid, reach: Reach, query_starts: Tensor | None) -> SelectionPlan:
     """The plan of a selection; of the same objects made once, for all layers of a micro-batch."""
     return SelectionPlan.of(windows, grid, reach, query_starts)

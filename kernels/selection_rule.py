@@ -28,7 +28,7 @@ class SelectionRule:
 
     Attributes:
         count: Blocks per choice.
-        initial: First blocks of the document that are always chosen.
+        initial: First blocks in reach that are always chosen: the document's, without a window.
         local: Last blocks that are always chosen, up to and including the query's own.
         count_forced: Whether `count` includes those that are always chosen. If not, a choice has
             `initial` + `local` + `count` blocks.

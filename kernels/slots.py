@@ -40,15 +40,14 @@ class Slots:
         """The blocks `units` for all rows of a chunk, on the device of `like`."""
         device, rows = like.device, chunk.rows
         bounds = grid.starts_B1[units.start : units.stop + 1]
-        sizes = bounds.diff()
-        size = int(sizes.max())
+        size = grid.largest_of(units.start, units.stop)
         starts_U1 = grid.mirror.on(device)[units.start : units.stop + 1, None]
         key_UZ = starts_U1[:-1] + torch.arange(size, device=device)
         # A place without a key is beyond every reach.
         end_UZ = key_UZ.masked_fill(key_UZ >= starts_U1[1:], torch.iinfo(key_UZ.dtype).max)
         seen_MUZ = key_UZ >= reach.first.on(device)[rows, None, None]
         seen_MUZ &= end_UZ < reach.last.on(device)[rows, None, None]
-        if bool((sizes == size).all()):
+        if grid.uniform or bool((bounds.diff() == size).all()):
             keys = slice(int(bounds[0]), int(bounds[-1]))
         else:
             keys = key_UZ.flatten().long().clamp(max=int(bounds[-1]) - 1)

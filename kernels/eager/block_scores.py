@@ -89,4 +89,6 @@ class BlockScores:
             own_Q1 = self._todo.own_first.on(device)[chunk.groups, None]
             forced_QB |= at_B > own_Q1 - rule.local
         out_QB = (at_B < first_Q1) | (at_B >= last_Q1)
-        scores_CQB.masked_fill_(forced_QB, float("inf")).masked_fill_(out_QB, float("-inf"))
+        # A share of an approximate lse may overflow, and must not tie with what is forced.
+        scores_CQB.clamp_(max=-LAST).masked_fill_(forced_QB, float("inf"))
+        scores_CQB.masked_fill_(out_QB, float("-inf"))

@@ -108,6 +108,8 @@ def _kernel(
     if LOCAL:
         own_M = tl.load(own + query_M, mask=live_M, other=0)
         forced_MB |= block_B[None, :] > own_M[:, None] - LOCAL
+    # A share of an approximate lse may overflow, and must not tie with what is forced.
+    total_MB = tl.minimum(total_MB, -LOWEST, propagate_nan=tl.PropagateNan.ALL)
     total_MB = tl.where(forced_MB, float("inf"), total_MB)
     out_MB = (block_B[None, :] < first_M[:, None]) | (block_B[None, :] >= last_M[:, None])
     total_MB = tl.where(out_MB, float("-inf"), total_MB)

@@ -37,9 +37,19 @@ def test_it_loses_no_more_than_the_same_in_its_dtype(dtype):
     a, b, weight = draw(300, dtype=dtype)
     got, wants = align(a, b, weight), naive_align(a, b, weight, 1.0)
     same = naive_align(a, b, weight, 1.0, dtype)
-    assert got.total.dtype == torch.float32 and got.da_THV.dtype == got.db_THV.dtype == dtype
+    assert (
+        got.total.dtype == torch.float32 and got.da_THV.dtype == got.db_THV.dtype == torch.float32
+    )
     for x, want, naive in zip(got, wants, same, strict=True):
         assert_as_good_as(naive, x, want)
+
+
+def test_gradients_in_fp16_do_not_underflow():
+    a, b, weight = draw(5, dtype=torch.float16)
+    weight /= 2**16
+    got, wants = align(a, b, weight), naive_align(a, b, weight, 1.0)
+    for x, want in zip(got[1:], wants[1:], strict=True):
+        torch.testing.assert_close(x.double(), want.double(), atol=0, rtol=1e-3)
 
 
 def test_tensor_ranks_add_up():
@@ -64,8 +74,8 @@ def test_bounded_memory():
     a, b = (torch.ones(2**16, 8, 64, dtype=torch.bfloat16) for _ in "ab")
     with peak_growth() as grown:
         got = align(a, b, torch.ones(2**16))
-    # The gradients are 128 MiB; each temporary of the whole in fp32 would be 128 MiB more.
-    assert grown.mib < 250, grown.mib
+    # The gradients are 256 MiB; each temporary of the whole in fp32 would be 128 MiB more.
+    assert grown.mib < 350, grown.mib
     assert float(got.total) == 0
 
 

@@ -236,6 +236,24 @@ def test_numbers_beyond_31_bits_of_a_sum_stay_exact():
     assert top.ids().tolist() == [[2**31 - 3, 2**31 - 2]]
 
 
+def test_a_score_that_overflows_does_not_push_out_what_is_forced():
+    index = Index(torch.ones(64, 1, 1, 1), torch.full((64, 1, 1), 3e38), None, 2.0)
+    grid, reach = Grid.documents([0, 64], 8), Reach.documents([0, 64])
+    blocks = select_index_blocks(index, reach, grid, 3, local=1)
+    assert blocks.ids_QCN[-1, 0].tolist() == [0, 1, 7]
+
+
+def test_all_of_64k_tokens_in_bounded_memory(monkeypatch):
+    monkeypatch.undo()
+    tokens = 2**16
+    index = draw_index(tokens, tokens, heads=(1, 1), dim=16)
+    with peak_growth() as grown:
+        chosen = select_tokens(index, Reach.documents([0, tokens]), 1024)
+    # 256 MiB of it are the choice.
+    assert grown.mib < 512, grown.mib
+    assert bool((chosen.ids_QCN[1023:] >= 0).all())
+
+
 def test_selection_over_64k_tokens_in_bounded_memory(monkeypatch):
     monkeypatch.undo()
     tokens = 2**16

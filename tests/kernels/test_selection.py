@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longspan.kernels import selection_plan
+from longspan.kernels import backends, selection_plan
 from longspan.kernels.eager import pooled_scores
 from longspan.kernels.grid import Grid
 from longspan.kernels.pool import pool
@@ -238,6 +238,36 @@ def test_64k_tokens_in_bounded_memory():
     assert bool((blocks.ids_QCN[-1] >= 0).all())
 
 
+@pytest.mark.parametrize("by_triton", [False, True])
+def test_a_share_that_overflows_does_not_push_out_what_is_forced(by_triton):
+    """An approximate lse may be far below a score: its share is infinite, like what is forced."""
+    keys = torch.tensor([20.0, -20.0]).repeat_interleave(16).repeat(16)[:, None, None]
+    windows, coarse = Windows.documents([0, 512], 16, 16), Windows.documents([0, 512], 128, 64)
+    q, reach = torch.full((512, 1, 1), 20.0), Reach.documents([0, 512])
+    inputs = q, pool(keys, windows, "mean"), windows, Grid.documents([0, 512], 64), reach
+    far = Pooled(pool(keys, coarse, "mean"), coarse)
+    with backends.use("triton" if by_triton else "eager"):
+        blocks = select_blocks(*inputs, SelectionRule(4, 1, 1), scale=0.25, coarse=far)
+    assert blocks.ids_QCN[-1, 0].tolist() == [0, 1, 2, 7]
+
+
+def test_logits_of_a_group_whose_rows_are_not_neighbours_are_refused():
+    cu, some = [0, 32, 64, 96], torch.tensor([14, 15, 94, 95])
+    windows, grid = Windows.documents(cu, 8, 8), Grid.documents(cu, 8)
+    reach = Reach.documents(cu).rows(some)
+    inputs = torch.randn(4, 1, 4), torch.randn(len(windows), 1, 4), windows, grid, reach
+    starts = torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="not neighbours"):
+        select_blocks(
+            *inputs, SelectionRule(8, local=0, statistic="logit"), scale=1.0, query_starts=starts
+        )
+    select_blocks(*inputs, SelectionRule(8, local=0), scale=1.0, query_starts=starts)
+    pairs = torch.tensor([0, 2, 4])
+    select_blocks(
+        *inputs, SelectionRule(8, local=0, statistic="logit"), scale=1.0, query_starts=pairs
+    )
+
+
 def test_mistakes_are_named():
     case = Case([60])
     inputs = case.q, case.k, case.windows, case.grid, case.reach
@@ -249,11 +279,13 @@ def test_mistakes_are_named():
         ((*inputs[:3], Grid.documents([0, 59], 16), case.reach), {}, "windows over 60"),
         (inputs, {"lse_TH": case.q}, "lse must be"),
         (inputs, {"query_starts": torch.tensor([0, 61])}, "query groups"),
+        (inputs, {"query_starts": torch.tensor([0, 60]).int()}, "int64"),
+        ((*inputs[:4], Reach(torch.zeros(60).long(), torch.full((60,), 61))), {}, "reach up to 61"),
     ]
     for arguments, options, match in mistakes:
         with pytest.raises(ValueError, match=match):
             select_blocks(*arguments, NSA, scale=SCALE, **options)
-    with pytest.raises(ValueError, match="logits need"):
+    with pytest.raises(ValueError, match="logits take neither"):
         case.choose(MOBA, lse_TH=case.q[..., 0])
     with pytest.raises(ValueError, match="forces 4"):
         case.choose(SelectionRule(2), query_starts=torch.tensor([0, 60]))
