@@ -48,7 +48,9 @@ def attend(
 
     Returns:
         The output [T, H, V] and the lse [T, H] in fp32 (fp64 for fp64 inputs). The lse counts the
-        sink. A query that sees nothing has output 0 and lse -inf (with a sink: the sink).
+        sink. A query that sees nothing has output 0 and lse -inf (with a sink: the sink). Keys and
+        values that no query sees must be finite as well where they lie in a chosen block or
+        between keys that neighbouring queries see.
 
     Raises:
         ValueError: Shapes, dtypes, devices or counts that contradict each other.

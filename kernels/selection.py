@@ -84,15 +84,17 @@ def select_blocks(
                          "no row sees: end groups where rows are not neighbours")  # fmt: skip
     far = None if coarse is None else (coarse.k_PGD, visible(coarse.windows, reach))
     scorer, block_scores = selection_steps(q_THD)
-    score = scorer(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
+    with torch.cuda.device_of(q_THD):
+        score = scorer(q_THD, k_PGD, todo.seen, rule, scale, lse_TH, far)
     choosers = q_THD.shape[1] if rule.heads == "none" else k_PGD.shape[1]
     shape = len(todo.starts_Q1) - 1, choosers, rule.total
     ids_QCN = torch.full(shape, -1, dtype=torch.int32, device=q_THD.device)
     of_blocks = block_scores(todo, rule, q_THD.device, wide_dtype(q_THD))
-    for chunk in todo.chunks(score.heads, score.rows, score.most):
-        if chunk.blocks.start < chunk.blocks.stop:
-            scores_CQW = _of_groups(todo, rule, chunk, score(chunk.rows, chunk.sight))
-            ids_QCN[chunk.groups] = _top(of_blocks(chunk, scores_CQW), rule.total, chunk)
+    with torch.cuda.device_of(q_THD):
+        for chunk in todo.chunks(score.heads, score.rows, score.most):
+            if chunk.blocks.start < chunk.blocks.stop:
+                scores_CQW = _of_groups(todo, rule, chunk, score(chunk.rows, chunk.sight))
+                ids_QCN[chunk.groups] = _top(of_blocks(chunk, scores_CQW), rule.total, chunk)
     return Blocks(ids_QCN, grid, query_starts)
 
 

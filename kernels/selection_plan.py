@@ -163,14 +163,24 @@ class SelectionPlan:
         keys_KB -= torch.maximum(self.windows.starts_P[at_KB], starts_B)
         return Mirror(at_KB), Mirror(keys_KB.masked_fill(~there_KB, 0))
 
-    def chunks(self, heads: int, height: int, most: int) -> Iterator[Chunk]:
-        """All query groups, some at a time; at least one, whatever it needs.
+    @cached_property
+    def _planned(self) -> dict[tuple[int, int, int], list[Chunk]]:
+        return {}
+
+    def chunks(self, heads: int, height: int, most: int) -> list[Chunk]:
+        """All query groups, some at a time; at least one, whatever it needs. Planned once.
 
         Args:
             heads: Scores of a chunk are heads * rows * windows in sight.
             height: Rows that a chunk may have. Rows far apart see different windows.
             most: Scores that a chunk may have.
         """
+        how = heads, height, most
+        if how not in self._planned:
+            self._planned[how] = [*self._chunks(*how)]
+        return self._planned[how]
+
+    def _chunks(self, heads: int, height: int, most: int) -> Iterator[Chunk]:
         starts, at, groups = self.starts_Q1, 0, len(self.starts_Q1) - 1
         while at < groups:
             stop = self._reaching(at, height)

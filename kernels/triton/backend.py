@@ -12,7 +12,7 @@ from ..blocks import Blocks
 from ..reach import Reach
 from ..request import Request
 from ..scoring import Gradients, Scoring
-from . import dense_backward, dense_forward
+from . import dense_backward, dense_forward, sparse
 from .tuning import INTERPRETED
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,11 +45,10 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, V] and lse [T, H]; see `attend`."""
-    if blocks is None:
-        return dense_forward.forward(q_THD, k_SGD, v_SGV, reach, scoring, out_dtype)
-    from . import sparse
-
-    return sparse.forward(q_THD, k_SGD, v_SGV, reach, blocks, scoring, out_dtype)
+    with torch.cuda.device_of(q_THD):
+        if blocks is None:
+            return dense_forward.forward(q_THD, k_SGD, v_SGV, reach, scoring, out_dtype)
+        return sparse.forward(q_THD, k_SGD, v_SGV, reach, blocks, scoring, out_dtype)
 
 
 def backward(
@@ -66,8 +65,7 @@ def backward(
 ) -> Gradients:
     """Gradients in fp32; see `attend_backward`."""
     inputs = dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, dlse_TH, reach
-    if blocks is None:
-        return dense_backward.backward(*inputs, scoring)
-    from . import sparse
-
-    return sparse.backward(*inputs, blocks, scoring)
+    with torch.cuda.device_of(q_THD):
+        if blocks is None:
+            return dense_backward.backward(*inputs, scoring)
+        return sparse.backward(*inputs, blocks, scoring)

@@ -36,7 +36,7 @@ from .steps import (
     split,
     store_tile,
 )
-from .tuning import INTERPRETED, autotuned, size_class
+from .tuning import INTERPRETED, autotuned, one_warp_group, size_class
 
 NEVER: tl.constexpr = tl.constexpr(2**31 - 1)
 ROWS_AT_ONCE = 64
@@ -69,7 +69,8 @@ def _key_options(launch: dict[str, Any]) -> list[triton.Config]:
         return [_config(64, 128, 8, 2), _config(32, 128, 4, 3), _config(64, 64, 4, 2)]
     if width <= 128:
         return [_config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(64, 64, 4, 2)]
-    return [_config(32, 64, 8, 2), _config(32, 32, 4, 1)]
+    narrowest = min(launch["BLOCK_D"], launch["BLOCK_V"])
+    return one_warp_group([_config(32, 64, 8, 2), _config(32, 32, 4, 1)], narrowest)
 
 
 def backward(

@@ -6,6 +6,8 @@ Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V val
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -56,16 +58,16 @@ def backward(
     `torch.are_deterministic_algorithms_enabled()`; then each key gathers its rows, which is slower.
     """
     if nothing_chosen(Shape.of(q_THD, k_SGD, v_SGV, blocks)):
-        return _zeros(q_THD, k_SGD, v_SGV, scoring)
+        dq, dk, dv = (_zeros(x) for x in (q_THD, k_SGD, v_SGV))
+        return Gradients(dq, dk, dv, dkey_bias_SH=_zeros(scoring.key_bias_SH))
     dout, lse = dense(dout_THV), lse_TH.float().contiguous()
     inputs = Inputs.of(q_THD, k_SGD, v_SGV, reach, blocks, scoring, dout)
     delta = delta_of(dout, dense(out_THV), dlse_TH)
     shape = inputs.shape
     if shape.block < BLOCK_OF_A_DOT and not torch.are_deterministic_algorithms_enabled():
-        grads = _zeros(q_THD, k_SGD, v_SGV, scoring)
-        sums = grads.dk_SGD, grads.dv_SGV, grads.dkey_bias_SH
+        sums = _zeros(k_SGD), _zeros(v_SGV), _zeros(scoring.key_bias_SH)
         dq = sparse_rows_backward.queries(inputs, dout, lse, delta, sums)
-        return grads._replace(dq_THD=dq)
+        return Gradients(dq, *sums[:2], dkey_bias_SH=sums[2])
     if shape.by_row_back:
         dq = sparse_rows_backward.queries(inputs, dout, lse, delta, None)
     else:
@@ -74,8 +76,11 @@ def backward(
     return Gradients(dq, dk, dv, dkey_bias_SH=dbias)
 
 
-def _zeros(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Gradients:
-    dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
-    bias = scoring.key_bias_SH
-    dbias = None if bias is None else bias.new_zeros(bias.shape, dtype=torch.float32)
-    return Gradients(dq, dk, dv, dkey_bias_SH=dbias)
+@overload
+def _zeros(x: Tensor) -> Tensor: ...
+@overload
+def _zeros(x: None) -> None: ...
+@overload
+def _zeros(x: Tensor | None) -> Tensor | None: ...
+def _zeros(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.new_zeros(x.shape, dtype=torch.float32)

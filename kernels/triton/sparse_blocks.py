@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
-from .sparse_shape import Inputs, Shape
+from .sparse_shape import TUNED_BY, Inputs, Shape
 from .sparse_steps import (
     add_bias,
     bounds_of,
@@ -92,7 +92,7 @@ def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     if constants["BYTES"] > 2:
         return [row_tile(16, 8, 1)]
     if max(constants["DP"], constants["VP"]) > 128:
-        return [row_tile(64, 4, 1), row_tile(64, 8, 2)]
+        return [row_tile(64, 4, 1), row_tile(64, 4, 2)]
     return [row_tile(64, 4, 2), row_tile(64, 4, 3), row_tile(128, 8, 2)]
 
 
@@ -113,17 +113,19 @@ def forward(inputs: Inputs, blocks: Blocks, out_dtype: torch.dtype) -> tuple[Ten
     for chunk in chunks(shape, blocks, bytes_of_row):
         rows = (chunk.last - chunk.first) * shape.heads
         if part is None or part.shape[0] < rows:
+            part = sums = None  # freed before more is asked for
             part = q.new_empty(rows, entries, shape.value_dim, dtype=out_dtype)
             sums = q.new_empty(rows, entries, dtype=torch.float32)
         launch(
             _parts, inputs, blocks, chunk.work, (part, sums), (chunk.first,),
             KT=shape.key_tiles, BK=shape.key_tile,
         )  # fmt: skip
-        _merge[(triton.cdiv(rows, ROWS_OF_A_MERGE),)](
+        height = ROWS_OF_A_MERGE if inputs.constants["VP"] <= 128 else 1
+        _merge[(triton.cdiv(rows, height),)](
             part, sums, inputs.where[0], owners, out, lse, chunk.first, rows,
             C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, V=shape.value_dim,
             VP=inputs.constants["VP"], GROUPED=blocks.group_T is not None,
-            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=1,
+            ROWS=height, TILE=16, num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -143,22 +145,22 @@ def launch(
     )  # fmt: skip
 
 
-@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit(do_not_specialize=["split", "blocks", "segments", "token0"])
+@autotuned(options, key=TUNED_BY)
+@triton.jit(do_not_specialize=["split", "blocks", "segments", "token0", "query_class"])
 def _parts(
     q, k, v, bias, part, sums, order, starts, groups, first, last,
     segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, token0,
-    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap,
+    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap, query_class,
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
     LONG: tl.constexpr, PLAIN: tl.constexpr,
     KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    _, head, block, begin, count, _ = take(
+    segment, head, block, begin, count, _ = take(
         segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
     )
-    if count <= 0:
+    if (segment >= segments) | (count <= 0):
         return
     heads: tl.constexpr = R * (C if C > G else G)
     served: tl.constexpr = G // C if G > C else 1

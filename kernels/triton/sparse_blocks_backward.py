@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from .sparse_blocks import ROWS_OF_A_MERGE, chunks, launch, row_tile
-from .sparse_shape import Inputs
+from .sparse_shape import TUNED_BY, Inputs
 from .sparse_steps import (
     add_bias,
     bounds_of,
@@ -56,37 +56,39 @@ def queries(inputs: Inputs, blocks: Blocks, dout: Tensor, lse: Tensor, delta: Te
     for chunk in chunks(shape, blocks, entries * shape.dim * dtype.itemsize):
         rows = (chunk.last - chunk.first) * shape.heads
         if part is None or part.shape[0] < rows:
+            part = None  # freed before more is asked for
             part = q.new_empty(rows, entries, shape.dim, dtype=dtype)
         launch(
             _parts, inputs, blocks, chunk.work, (dout, lse, delta, part),
             (chunk.first, dout.stride(0), dout.stride(1)),
             KT=shape.key_tiles, BK=shape.key_tile,
         )  # fmt: skip
-        _sum[(triton.cdiv(rows, ROWS_OF_A_MERGE),)](
+        height = ROWS_OF_A_MERGE if inputs.constants["DP"] <= 128 else 1
+        _sum[(triton.cdiv(rows, height),)](
             part, inputs.where[0], owners, dq, chunk.first, rows, inputs.score[0],
             C=shape.chooser, H=shape.heads, N=shape.width, KT=shape.key_tiles, D=shape.dim,
             DP=inputs.constants["DP"], GROUPED=blocks.group_T is not None,
-            ROWS=ROWS_OF_A_MERGE, TILE=16, num_warps=1,
+            ROWS=height, TILE=16, num_warps=1,
         )  # fmt: skip
     return dq
 
 
-@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit(do_not_specialize=["split", "blocks", "segments", "token0"])
+@autotuned(options, key=TUNED_BY)
+@triton.jit(do_not_specialize=["split", "blocks", "segments", "token0", "query_class"])
 def _parts(
     q, k, v, bias, dout, lse, delta, part, order, starts, groups, first, last,
     segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, token0, ot, oh,
-    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap,
+    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap, query_class,
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
     LONG: tl.constexpr, PLAIN: tl.constexpr,
     KT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    _, head, block, begin, count, _ = take(
+    segment, head, block, begin, count, _ = take(
         segment_I, item_Z, begin_Z, end_Z, split, blocks, segments
     )
-    if count <= 0:
+    if (segment >= segments) | (count <= 0):
         return
     heads: tl.constexpr = R * (C if C > G else G)
     served: tl.constexpr = G // C if G > C else 1

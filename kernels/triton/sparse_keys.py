@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
-from .sparse_blocks import launch, row_tile
-from .sparse_shape import Inputs, Shape
+from .sparse_blocks import BUFFER, launch, row_tile
+from .sparse_shape import TUNED_BY, Inputs, Shape
 from .sparse_steps import (
     bounds_of,
     choices_of_rows,
@@ -34,7 +34,7 @@ from .sparse_steps import (
 )
 from .sparse_work import Work, splits_of, take
 from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
-from .tuning import autotuned
+from .tuning import autotuned, one_warp_group
 
 LEAST_ROWS = 512
 """Of a split."""
@@ -47,13 +47,13 @@ def options(constants: dict[str, Any]) -> Sequence[triton.Config]:
     """Row tiles to try; the key tile is given, since it decides what partial sums are."""
     if constants["BYTES"] > 2:
         return [row_tile(16, 8, 1)]
+    narrowest = min(constants["DP"], constants["VP"])
     wide = constants["BK"] * (constants["DP"] + constants["VP"]) > 16384
-    if constants["BIASED"]:
-        # One group of warps: two would share the few columns of the biases' product, and a product
-        # of 8 columns was seen to fault on an H200 (Triton 3.6).
+    if constants["BIASED"]:  # Their product has few columns; see `one_warp_group`.
         return [row_tile(32, 4, 1 if wide else 2), row_tile(16, 4, 1)]
     if wide:
-        return [row_tile(32, 8, 1), row_tile(64, 8, 2), row_tile(64, 8, 1)]
+        tiles = [row_tile(32, 8, 1), row_tile(64, 8, 2), row_tile(64, 8, 1)]
+        return one_warp_group(tiles, narrowest)
     return [row_tile(64, 4, 2), row_tile(32, 4, 2), row_tile(64, 4, 1)]
 
 
@@ -101,21 +101,23 @@ def keys(
 def split_of(shape: Shape) -> int:
     """Choices of a program.
 
-    Twice the average of the segments, so that most write directly and partial sums take no more
-    memory than dk and dv; fewer where there are few segments.
+    Twice the average of the segments, so that most write directly; fewer where there are few
+    segments; as many as it takes for partial sums to fit into `BUFFER`.
     """
-    rows = shape.choices * shape.rows_of_choice
-    target = max(LEAST_ROWS, min(2 * rows // shape.segments, rows // MOST_PROGRAMS))
-    return max(1, target // shape.rows_of_choice)
+    rows, tiles = shape.choices * shape.rows_of_choice, shape.served * shape.key_tiles
+    busy = rows * tiles // MOST_PROGRAMS
+    target = max(LEAST_ROWS, min(2 * rows // shape.segments, busy))
+    part = tiles * shape.key_tile * (shape.dim + shape.value_dim) * 4
+    return max(1, target // shape.rows_of_choice, -(-2 * shape.choices * part // BUFFER))
 
 
-@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit(do_not_specialize=["split", "blocks", "segments"])
+@autotuned(options, key=TUNED_BY)
+@triton.jit(do_not_specialize=["split", "blocks", "segments", "query_class"])
 def _keys(
     q, k, v, bias, dout, lse, delta, slot_Z, dk, dv, dbias, dk_part, dv_part, dbias_part,
     order, starts, groups, first, last,
     segment_I, item_Z, begin_Z, end_Z, split, blocks, segments, ot, oh,
-    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap,
+    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap, query_class,
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,
@@ -155,7 +157,7 @@ def _keys(
         capped_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
         last_M = tl.minimum(last_M, stop)
         seen_NM = within(first_M[None, :], last_M[None, :], key_N[:, None])
-        at_NM = at_N[:, None] * bt + head_M[None, :] * bh
+        at_NM = at_N[:, None] * bt + head_M.to(tl.int64)[None, :] * bh
         weights_NM = _weights(capped_NM, seen_NM, level_M, bias + at_NM if BIASED else 0, BIASED)
         dv_NV = dot(narrow(weights_NM, v_NV.dtype), dout_MV, dv_NV)
         dlogits_NM = weights_NM * (product(v_NV, tl.trans(dout_MV)) - delta_M[None, :])

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sparse_shape import Inputs
+from .sparse_shape import TUNED_BY, Inputs
 from .sparse_steps import (
     add_bias,
     bounds_of,
@@ -85,11 +85,11 @@ def grid(inputs: Inputs) -> Any:
     )
 
 
-@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V"])
-@triton.jit
+@autotuned(options, key=TUNED_BY)
+@triton.jit(do_not_specialize=["query_class"])
 def _forward(
     q, k, v, bias, out, lse, ids, starts, groups, first, last,
-    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap,
+    qt, qh, kt, kh, vt, vh, bt, bh, scale, softcap, query_class,
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sparse_rows import grid, row_options
-from .sparse_shape import Inputs
+from .sparse_shape import TUNED_BY, Inputs
 from .sparse_steps import (
     add_bias,
     bounds_of,
@@ -64,11 +64,11 @@ def queries(
     return dq
 
 
-@autotuned(options, key=["C", "G", "N", "L", "R", "M", "D", "V", "ATOMIC"])
-@triton.jit
+@autotuned(options, key=[*TUNED_BY, "ATOMIC"])
+@triton.jit(do_not_specialize=["query_class"])
 def _queries(
     q, k, v, bias, dout, lse, delta, dq, dk, dv, dbias, ids, starts, groups, first, last,
-    qt, qh, kt, kh, vt, vh, bt, bh, ot, oh, scale, softcap,
+    qt, qh, kt, kh, vt, vh, bt, bh, ot, oh, scale, softcap, query_class,
     C: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     CAP: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr, BYTES: tl.constexpr,

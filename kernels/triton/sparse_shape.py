@@ -17,12 +17,17 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..reach import Reach
 from ..scoring import Scoring
+from .tuning import size_class
 
 ROWS_OF_A_DOT = 16
 """Fewer rows than this waste most of a matrix product."""
 
 BLOCK_OF_A_DOT = 16
 """The same for the keys of a block."""
+
+
+TUNED_BY = ["C", "G", "N", "L", "R", "M", "D", "V", "CAP", "GROUPED", "LONG", "query_class"]
+"""Arguments of a kernel whose change asks for another search of launch options."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class Inputs:
         bias: Biases of the keys, or any tensor if there are none.
         where: Numbers of chosen blocks, their boundaries, those of the query groups, and the
             reach; all on the device.
-        score: Scale and soft cap (1 if there is none).
+        score: Scale, soft cap (1 if there is none), and a class of lengths to tune for.
         shape: Sizes.
         constants: Of every kernel.
     """
@@ -168,7 +173,7 @@ class Inputs:
     v: Tensor
     bias: Tensor
     where: tuple[Tensor, ...]
-    score: tuple[float, float]
+    score: tuple[float, float, int]
     shape: Shape
     constants: dict[str, Any]
 
@@ -184,14 +189,16 @@ class Inputs:
         groups = starts if blocks.starts is None else blocks.starts.on(device)
         bounds = reach.first.on(device), reach.last.on(device)
         q, k, v = (dense(x) for x in (q_THD, k_SGD, v_SGV))
-        results = len(q) * shape.heads * max(shape.dim, shape.value_dim)
-        rows = (q, k, v) if dout_THV is None else (q, k, v, dout_THV)
-        long = max(results, *(_extent(x) for x in rows)) >= 2**31
+        # Keys are always far apart. A query group has its parts in the buffer, however large.
+        rows = max(len(q), shape.tokens * shape.width * shape.key_tiles) * shape.heads
+        largest = rows * max(shape.dim, shape.value_dim)
+        given = (q,) if dout_THV is None else (q, dout_THV)
+        long = max(largest, *(_extent(x) for x in given)) >= 2**31
         constants = shape.constants(scoring, blocks.starts is not None, long)
         return cls(
             q, k, v, starts if bias is None else bias,
             (blocks.ids_QCN.contiguous(), starts, groups, *bounds),
-            (scoring.scale, 1.0 if scoring.softcap is None else scoring.softcap),
+            (float(scoring.scale), float(scoring.softcap or 1.0), size_class(shape.queries)),
             shape, constants,
         )  # fmt: skip
 

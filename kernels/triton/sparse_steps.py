@@ -153,7 +153,7 @@ def within(first, last, key):
 def add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED: tl.constexpr):
     """Logits with the biases of their keys."""
     if BIASED:
-        at = bias + key_N.to(tl.int64)[None, :] * bt + head_M[:, None] * bh
+        at = bias + key_N.to(tl.int64)[None, :] * bt + head_M.to(tl.int64)[:, None] * bh
         logits_MN += tl.load(at, mask=seen_MN, other=0.0).to(tl.float32) * LOG2E
     return logits_MN
 

@@ -20,7 +20,7 @@ Options = Callable[[dict[str, Any]], Sequence[triton.Config]]
 
 
 class Tuned:
-    """A kernel that finds its fastest configuration, once per device and key.
+    """A kernel that finds its fastest configuration, once per architecture and key.
 
     What was found is kept on disk, beside Triton's compiled kernels. In the interpreter, and
     while `torch.are_deterministic_algorithms_enabled()` (asked at every launch), the first
@@ -66,6 +66,20 @@ class Tuned:
             tuner = triton.autotune(list(configs), self._key, cache_results=True)(self.kernel)
             self._tuners[configs] = tuner
         return tuner
+
+
+def one_warp_group(configs: Sequence[triton.Config], columns: int) -> list[triton.Config]:
+    """The configurations, with 4 warps at most where a product has few columns.
+
+    Two groups of 4 warps would share its columns, and a product of 8 was seen to fault (H200,
+    Triton 3.6).
+    """
+    if columns >= 32:
+        return list(configs)
+    return [
+        triton.Config(c.kwargs, num_warps=min(c.num_warps, 4), num_stages=c.num_stages)
+        for c in configs
+    ]
 
 
 def autotuned(options: Options, key: Sequence[str]) -> Callable[[Any], Tuned]:

@@ -90,6 +90,8 @@ SPARSE = [
     *(replace(BLOCKS, options=True, repeat=repeat) for repeat in (4, 16)),
     *(replace(BLOCKS, size=size, count=max(8, 64 // size)) for size in (1, 16, 32, 128)),
     *(replace(BLOCKS, choosers=choosers) for choosers in (1, 8)),
+    replace(BLOCKS, count=40, size=16),
+    *(replace(BLOCKS, dims=dims, size=16) for dims in ((256, 16), (16, 256), (256, 256))),
     *(replace(BLOCKS, span=span) for span in (8, 64, 128)),
 ]
 

@@ -88,7 +88,7 @@ def draw_blocks(pick, draw, cu, groups: int, heads: int, fixed) -> Blocks:
     starts = None if pick.random() < 0.5 else Grid.documents(cu, pick.choice([2, 5])).starts_B1
     queries = total if starts is None else len(starts) - 1
     block_heads = pick.choice([1, groups, heads])
-    shape = (queries, block_heads, fixed.get("count", pick.choice([1, 3, 6])))
+    shape = (queries, block_heads, fixed.get("count", pick.choice([1, 3, 6, 20])))
     ids = torch.randint(-2, max(1, len(grid)), shape, generator=draw)
     if not len(grid):
         ids = torch.full(shape, -1)

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from longspan.kernels import backends
 from longspan.kernels.attend import attend, attend_backward
 from longspan.kernels.merge import merge
 from longspan.kernels.reach import Reach
@@ -271,7 +270,3 @@ def test_it_says_what_it_cannot_do(device, monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         attend(*draw("cpu", reach, 4), reach, scale=SCALE)
-
-
-def test_nobody_gets_it_without_asking(device):
-    assert {b.name: b.proven for b in backends.TABLE}["triton"] == frozenset()
