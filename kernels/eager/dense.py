@@ -158,8 +158,8 @@ def _calls(
         mask_TS = None
         if piece.kind == "masked":
             at = slice(group.start, group.stop)
-            bounds = (x.on(like.device)[at] for x in (reach.first, reach.last))
-            mask_TS = mask(*bounds, slice(piece.first, piece.last), like)
+            first_T, last_T = (x.on(like.device)[at] for x in (reach.first, reach.last))
+            mask_TS = mask(first_T, last_T, slice(piece.first, piece.last), like)
         how = {"causal": piece.kind == "causal", "mask_TS": mask_TS}
         yield slice(group.start, group.stop), slice(piece.first, piece.last), how
 

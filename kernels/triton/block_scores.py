@@ -4,7 +4,7 @@ Shapes: C heads that choose, Q query groups of the chunk, W windows in sight, K 
 overlap a block; M query groups and B blocks of a tile.
 """
 
-# pyright: basic, reportArgumentType=false, reportCallIssue=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

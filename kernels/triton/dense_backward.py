@@ -8,7 +8,7 @@ Shapes: T query rows, S keys, H query heads, G key-value heads, D key dim, V val
 N keys of a tile.
 """
 
-# pyright: basic, reportArgumentType=false, reportCallIssue=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

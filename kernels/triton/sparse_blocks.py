@@ -5,7 +5,7 @@ heads. A partial result lies at the place of its choice in a buffer of bounded s
 go through in chunks; partial outputs have the dtype of the output.
 """
 
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -182,9 +182,11 @@ def _parts(
         first_M, last_M = bounds_of(first, last, token_M, live_M)
         last_M = tl.minimum(last_M, stop)
         seen_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
-        logits_MN, unit = product(q_MD, tl.trans(k_ND)), scale * LOG2E
+        logits_MN = product(q_MD, tl.trans(k_ND))
+        unit = scale * LOG2E
         if not PLAIN:
-            logits_MN, unit = logits_of(logits_MN, scale, softcap, CAP), 1.0
+            unit = 1.0
+            logits_MN = logits_of(logits_MN, scale, softcap, CAP)
             logits_MN = add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED)
         logits_MN = tl.where(seen_MN, logits_MN, float("-inf"))
         peak_M = tl.max(logits_MN, 1) * unit
