@@ -9,7 +9,7 @@ from longspan.kernels.reach import Reach
 from longspan.kernels.triton import sparse_blocks, sparse_keys
 from longspan.kernels.triton.sparse_shape import Shape
 from longspan.kernels.triton.sparse_work import Work, cut
-from support.attention_cases import SCALE, assert_close_as_naive, draw_case, run_case
+from support.attention_cases import SCALE, Case, assert_close_as_naive, draw_case, run_case
 from support.bounds import in_bounds
 from support.poison import poisoned
 from support.triton_compile import run
@@ -101,6 +101,18 @@ def test_every_query_group_size_and_head_ratio(order, device):
         chosen_HTS = (ids_TGN[..., None] == block_S).any(2).transpose(0, 1)
         case.visible = chosen_HTS & seen
         assert_close_to_twin(case, device)
+
+
+def test_more_choices_than_are_merged_at_once(order, device):
+    """Peaks that come late: what was summed before them has to fade."""
+    draw = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(n, 1, 4, generator=draw) for n in (3, 80, 80))
+    k[60:] *= 6.0
+    reach, grid = Reach(torch.zeros(3).long(), torch.full((3,), 80)), Grid.documents([0, 80], 4)
+    blocks = Blocks.choose(torch.arange(20).expand(3, 1, 20), grid)
+    visible = torch.ones(1, 3, 80, dtype=torch.bool)
+    case = Case(q, k, v, reach, blocks, visible)
+    assert_close_to_twin(case, device)
 
 
 @pytest.mark.parametrize("tokens, keys, count", [(0, 8, 1), (8, 0, 1), (8, 8, 0)])
