@@ -35,6 +35,7 @@ from .steps import (
     slope_of,
     split,
     store_tile,
+    within,
 )
 from .tuning import INTERPRETED, autotuned, one_warp_group, size_class
 
@@ -234,7 +235,7 @@ def _query_step(
         biased_MN += bias_N.to(tl.float32)[None, :] * LOG2E
     weights_MN = tl.exp2(biased_MN - level_M[:, None])
     if EDGE:
-        visible_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] < last_M[:, None])
+        visible_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
         weights_MN = tl.where(visible_MN, weights_MN, 0.0)
     dscores_MN = weights_MN * (product(dout_MV, tl.trans(v_NV)) - delta_M[:, None])
     if CAP:
@@ -335,7 +336,7 @@ def _key_step(
     if EDGE:
         first_M = tl.load(first + row_M, mask=inside_M, other=0)
         last_M = tl.load(last + row_M, mask=inside_M, other=0)
-        visible_NM = (key_N[:, None] >= first_M[None, :]) & (key_N[:, None] < last_M[None, :])
+        visible_NM = within(first_M[None, :], last_M[None, :], key_N[:, None])
         weights_NM = tl.where(visible_NM, weights_NM, 0.0)
     dv_NV = dot(narrow(weights_NM, dout_MV.dtype), dout_MV, dv_NV)
     dscores_NM = weights_NM * (product(v_NV, tl.trans(dout_MV)) - delta_M[None, :])

@@ -32,6 +32,7 @@ from .steps import (
     product,
     split,
     store_tile,
+    within,
 )
 from .tuning import INTERPRETED, autotuned, size_class
 
@@ -150,7 +151,7 @@ def _step(
         bias_N = tl.load(bias + key_N.to(tl.int64) * bias_row, mask=key_N < stop, other=0.0)
         logits_MN += bias_N.to(tl.float32)[None, :] * LOG2E
     if EDGE:
-        visible_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] < last_M[:, None])
+        visible_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
         logits_MN = tl.where(visible_MN, logits_MN, float("-inf"))
     v_NV = load_tile(v, start, v_row, stop, KEYS, VALUE_DIM, BLOCK_V, EDGE)
     unit = 1.0

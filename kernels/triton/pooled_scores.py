@@ -25,7 +25,7 @@ from ..selection_plan import Sight
 from ..selection_rule import SelectionRule
 from ..workspace import Workspace
 from .launch import SMALLEST_DIM, dense_rows
-from .steps import LN2, LOG2E, key_range, load_tile, product, split
+from .steps import LN2, LOG2E, key_range, load_tile, product, split, within
 from .tuning import INTERPRETED, autotuned, size_class
 
 MAX_SCORES = 2**26
@@ -195,7 +195,7 @@ def _lse_kernel(
         k_ND = load_tile(k, begin, k_row, keys, KEYS, DIM, BLOCK_D, EDGE=True)
         logits_MN = product(q_MD, tl.trans(k_ND)) * (scale * LOG2E)
         key_N = begin + tl.arange(0, KEYS)
-        visible_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] < last_M[:, None])
+        visible_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
         sum_M, peak_M = _add(sum_M, peak_M, tl.where(visible_MN, logits_MN, float("-inf")))
     # Tiles without a mask ask only rows that see something.
     nothing_M = (first_M >= last_M) | (sum_M == 0.0)
@@ -256,7 +256,7 @@ def _score_kernel(
                 total_MN = tl.maximum(total_MN, score_MN, propagate_nan=tl.PropagateNan.ALL)
             else:
                 total_MN += score_MN
-        visible_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] < last_M[:, None])
+        visible_MN = within(first_M[:, None], last_M[:, None], key_N[None, :])
         total_MN = tl.where(visible_MN, total_MN, fill)
     out += (choice.to(tl.int64) * rows + start) * width
     at_MN = out + tl.arange(0, ROWS)[:, None].to(tl.int64) * width + (key_N - begin)[None, :]

@@ -29,17 +29,17 @@ from .sparse_steps import (
     load_rows,
     rows_of_choices,
     store_rows,
-    within,
 )
 from .sparse_work import Work, cut, take
-from .steps import LN2, LOG2E, logits_of, narrow, product
+from .steps import LN2, LOG2E, logits_of, narrow, product, within
 from .tuning import autotuned
 
 BUFFER = 2**31
 """Bytes of partial results that exist at once."""
 
-ROWS_OF_A_PROGRAM = 512
-"""Its keys and values are read once: 32 KiB or so, a small part of what these rows are."""
+ROWS_OF_A_PROGRAM = 1024
+"""What a program waits for before its first row (its work, keys and values) takes as long as one or
+two hundred rows."""
 
 
 ROWS_OF_A_MERGE = 2

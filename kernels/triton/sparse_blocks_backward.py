@@ -25,10 +25,9 @@ from .sparse_steps import (
     load_rows,
     rows_of_choices,
     store_rows,
-    within,
 )
 from .sparse_work import take
-from .steps import logits_of, narrow, product, slope_of
+from .steps import logits_of, narrow, product, slope_of, within
 from .tuning import autotuned
 
 

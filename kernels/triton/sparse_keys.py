@@ -30,10 +30,9 @@ from .sparse_steps import (
     load_rows,
     rows_of_choices,
     store_rows,
-    within,
 )
 from .sparse_work import Work, splits_of, take
-from .steps import LOG2E, dot, logits_of, narrow, product, slope_of
+from .steps import LOG2E, dot, logits_of, narrow, product, slope_of, within
 from .tuning import autotuned, one_warp_group
 
 LEAST_ROWS = 512

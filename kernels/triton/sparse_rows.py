@@ -26,9 +26,8 @@ from .sparse_steps import (
     load_rows,
     rows_of_group,
     store_rows,
-    within,
 )
-from .steps import absorb, finish, logits_of, product
+from .steps import absorb, finish, logits_of, product, within
 from .tuning import autotuned
 
 

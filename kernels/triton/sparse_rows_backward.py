@@ -26,9 +26,8 @@ from .sparse_steps import (
     load_rows,
     rows_of_group,
     store_rows,
-    within,
 )
-from .steps import dot, logits_of, narrow, product, slope_of
+from .steps import dot, logits_of, narrow, product, slope_of, within
 from .tuning import autotuned
 
 

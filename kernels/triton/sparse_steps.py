@@ -143,13 +143,6 @@ def rows_of_choices(
 
 
 @triton.jit
-def within(first, last, key):
-    """Whether first <= key < last, by one comparison: what is negative is large without a sign."""
-    size = tl.maximum(last - first, 0)
-    return (key - first).to(tl.uint32) < size.to(tl.uint32)
-
-
-@triton.jit
 def add_bias(logits_MN, bias, head_M, key_N, seen_MN, bt, bh, BIASED: tl.constexpr):
     """Logits with the biases of their keys."""
     if BIASED:

@@ -74,6 +74,13 @@ def slope_of(logits, softcap):
 
 
 @triton.jit
+def within(first, last, key):
+    """Whether first <= key < last, by one comparison: what is negative is large without a sign."""
+    size = tl.maximum(last - first, 0)
+    return (key - first).to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
 def absorb(acc_MV, sum_M, peak_M, logits_MN, unit, v_NV, SAFE: tl.constexpr):
     """One step of an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
