@@ -34,7 +34,8 @@ def long_parts(text: str) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = node.body[0] if ast.get_docstring(node) is not None else None
             about = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
-            if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+            kinds = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if any(kind.startswith("triton.jit") for kind in kinds):
                 about += node.body[0].lineno - node.lineno
             if node.end_lineno - node.lineno + 1 - about > FUNCTION_LINES:
                 yield node.name

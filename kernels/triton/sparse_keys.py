@@ -129,8 +129,7 @@ def _keys(
         return
     heads: tl.constexpr = G * HG
     served: tl.constexpr = G // C if G > C else 1
-    kv = head * served + tl.program_id(1)
-    tile = tl.program_id(2)
+    kv, tile = head * served + tl.program_id(1), tl.program_id(2)
     key_N = tl.load(starts + block) + tile * BK + tl.arange(0, BK)
     stop = tl.load(starts + block + 1)
     exists_N = key_N < stop
@@ -150,8 +149,7 @@ def _keys(
         q_MD = load_rows(q, token_M * qt + head_M * qh, live_M, D, DP)
         dout_MV = load_rows(dout, token_M * ot + head_M * oh, live_M, V, VP)
         dout_MV = narrow(dout_MV, k.dtype.element_ty)
-        row_M = token_M * heads + head_M
-        level_M, delta_M = level_of(lse, delta, row_M, live_M)
+        level_M, delta_M = level_of(lse, delta, token_M * heads + head_M, live_M)
         first_M, last_M = bounds_of(first, last, token_M, live_M)
         capped_NM = logits_of(product(k_ND, tl.trans(q_MD)), scale, softcap, CAP)
         last_M = tl.minimum(last_M, stop)
@@ -166,13 +164,12 @@ def _keys(
         if CAP:
             dlogits_NM *= slope_of(capped_NM, softcap)
         dk_ND = dot(narrow(dlogits_NM, k_ND.dtype), q_MD, dk_ND)
-    dk_ND *= scale
     at_N = at_N * G + kv
     if tl.load(end_Z + segment) - tl.load(begin_Z + segment) > split:
         slot = tl.load(slot_Z + segment) + number
         at_N = ((slot * served + tl.program_id(1)) * KT + tile) * BK + tl.arange(0, BK)
         dk, dv, dbias = dk_part, dv_part, dbias_part
-    store_rows(dk, at_N * D, exists_N, dk_ND, D, DP)
+    store_rows(dk, at_N * D, exists_N, dk_ND * scale, D, DP)
     store_rows(dv, at_N * V, exists_N, dv_NV, V, VP)
     if BIASED:
         store_rows(dbias, at_N * HG, exists_N, dbias_NH, HG, HP)

@@ -75,7 +75,7 @@ def test_bounded_memory():
     with peak_growth() as grown:
         got = align(a, b, torch.ones(2**16))
     # The gradients are 256 MiB; each temporary of the whole in fp32 would be 128 MiB more.
-    assert grown.mib < 350, grown.mib
+    assert grown.mib < 380, grown.mib
     assert float(got.total) == 0
 
 

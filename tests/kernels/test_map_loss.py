@@ -20,7 +20,6 @@ from reference.indexer import naive_block_scores, naive_index_scores
 from reference.map_loss import naive_divergence, naive_map
 from reference.visibility import chosen, visible_in
 from support.accuracy import assert_as_good_as
-from support.memory import peak_growth
 
 F64 = torch.float64
 
@@ -327,64 +326,6 @@ def test_an_attention_that_saw_nothing_teaches_nothing():
     lse[20] = float("-inf")
     got, grads = index_loss(replace(target, lse_TH=lse), index, reach, grid, weight)
     assert float(got.rows_TC[20]) == 0 and not bool(grads.dq_TCJD[20].any())
-
-
-def test_blocks_of_unequal_size_in_bounded_memory():
-    """Short documents beside a long one: every block has the places of the largest."""
-    cu = [*range(257), 4352]
-    reach, grid, tokens, f32 = Reach.documents(cu), Grid.documents(cu, 1024), 4352, torch.float32
-    torch.manual_seed(0)
-    q, k = draw(tokens, 1, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32)
-    target = AttentionMap(q, k, attend(q, k, k, reach, scale=0.25)[1], Scoring(0.25))
-    index = Index(draw(tokens, 1, 1, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32), None, 0.25)
-    with peak_growth() as grown:
-        got, _ = index_loss(target, index, reach, grid, torch.ones(tokens))
-    assert grown.mib < 512, grown.mib
-    assert float(got.weight) == tokens - 256 - 1024
-
-
-def test_64k_tokens_in_bounded_memory():
-    tokens, f32 = 2**16, torch.float32
-    torch.manual_seed(0)
-    q, k = draw(tokens, 1, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32)
-    reach, grid = Reach.documents([0, tokens]), Grid.documents([0, tokens], 64)
-    lse = attend(q, k, k, reach, scale=0.25)[1]
-    target = AttentionMap(q, k, lse, Scoring(0.25))
-    index = Index(draw(tokens, 1, 1, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32), None, 0.25)
-    gate = Gate(draw(tokens, 1, 16, dtype=f32), draw(len(grid), 1, 16, dtype=f32), 0.25)
-    own_T11 = (torch.arange(tokens) // 64)[:, None, None]
-    random = (torch.rand(tokens, 1, 15) * (own_T11 + 1)).long()
-    chosen = Blocks.choose(torch.cat([random, own_T11], -1), grid)
-    # A map of blocks would be 256 MiB, of keys 16 GiB.
-    for compute in (
-        lambda: index_loss(target, index, reach, chosen, torch.ones(tokens)),
-        lambda: index_loss(target, index, reach, grid, torch.ones(tokens)),
-        lambda: gate_loss(target, gate, reach, grid, torch.ones(tokens)),
-    ):
-        with peak_growth() as grown:
-            found, _ = compute()
-        assert grown.mib < 512, grown.mib
-        assert float(found.weight) > tokens - 200 and bool((found.rows_TC >= -1e-4).all())
-
-
-def test_16k_tokens_in_bounded_memory():
-    tokens = 2**14
-    cu = [0, 3000, 3001, 9000, tokens]
-    reach, grid = Reach.documents(cu), Grid.documents(cu, 1)
-    torch.manual_seed(0)
-    f32 = torch.float32
-    q, k, v = draw(tokens, 2, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32), draw(1, dtype=f32)
-    lse = attend(q, k, v.expand(tokens, 1, 16), reach, scale=0.25)[1]
-    target = AttentionMap(q, k, lse, Scoring(0.25))
-    index = Index(draw(tokens, 1, 2, 16, dtype=f32), draw(tokens, 1, 16, dtype=f32), None, 0.25)
-    weight = torch.ones(tokens)
-    with peak_growth() as grown:
-        dense, _ = index_loss(target, index, reach, grid, weight)
-        over = select_tokens(index, reach, 64)
-        sparse, _ = index_loss(target, index, reach, over, weight)
-    assert grown.mib < 512, grown.mib
-    assert float(dense.weight) == float(sparse.weight) == tokens - 4
-    assert bool((dense.rows_TC >= -1e-4).all())
 
 
 @pytest.mark.parametrize("sparse", [False, True])
