@@ -47,8 +47,7 @@ def serves(name: str, tensor: Tensor) -> bool:
         return False
     asked = _asked.get()
     if asked is None and OVERRIDE in os.environ:
-        names = os.environ[OVERRIDE].split(",")
-        asked = _known(tuple(name.strip() for name in names if name.strip()))
+        asked = _known(_named())
     return name in PROVEN and installed() if asked is None else name in asked
 
 
@@ -60,10 +59,16 @@ def standing() -> Iterator[tuple[str, str, str]]:
         if not installed():
             remark = "cuda-core is not installed"
         elif given is not None:
-            remark = f"{OVERRIDE}={given}" if name in given else "not asked for"
+            remark = f"{OVERRIDE}={given}" if name in _named() else "not asked for"
         elif name not in PROVEN:
             remark = f"not proven on cuda: only with {OVERRIDE}={name}"
         yield name, about, remark
+
+
+def _named() -> tuple[str, ...]:
+    """What the environment variable names."""
+    names = (name.strip() for name in os.environ[OVERRIDE].split(","))
+    return tuple(name for name in names if name)
 
 
 def _known(names: tuple[str, ...]) -> frozenset[str]:
