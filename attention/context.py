@@ -1,28 +1,141 @@
-"""Context: what a mechanism knows about the micro-batch that it works on."""
+"""Context: what a mechanism knows about the micro-batch that it works on.
+
+Shapes: T query rows of this rank, S keys (those of the same tokens, but for generation, where the
+queries are the last tokens), H query heads, G key-value heads, D key dim, V value dim, E channels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..kernels.blocks import Blocks
 from ..kernels.reach import Reach
 from ..parallel.exchange import Exchange
-from .rope import Rotation
+from .documents import Documents
+from .notes import Notes
+from .rope import Rope, Rotation
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """One micro-batch of packed documents, as this rank sees it.
+    """One micro-batch of packed documents, as one layer of this rank sees it.
 
     Attributes:
         cp: Attention over all context ranks.
-        reach: For each local token the visible keys, as global positions.
-        rope: Rotations of the local tokens; none in a layer without RoPE.
-        positions_T: Position of each local token within its document, int64.
+        documents: The packed documents.
+        rope: How positions enter queries and keys.
+        positions_T: Position of each query within its document, int64.
+        positions_S: Position of each key; the same tensor where queries and keys are one's tokens.
+        weights_T: Loss weight of each query's token; auxiliary losses are sums weighted by it.
+        notes: Where losses and observations are left.
+        training: Whether weights are being learned; false in evaluations.
+        learns: Whether auxiliary losses have gradients now. Not in the first pass of a layer that
+            is computed again in the backward.
+        draw: A number in [0, 1) for a name; the same on all ranks that share the micro-batch, and
+            in every attempt.
+        kept: What the layer chose in its first pass, for the second; None if there is one pass.
+        scale: Of the scores; None for 1 / sqrt(D).
+        sink_H: The learned score per head with nothing behind it.
     """
 
     cp: Exchange
-    reach: Reach
-    rope: Rotation
+    documents: Documents
+    rope: Rope
     positions_T: Tensor
+    positions_S: Tensor
+    weights_T: Tensor
+    notes: Notes
+    training: bool = True
+    learns: bool = True
+    draw: Callable[[str], float] = lambda name: 0.0
+    kept: dict[str, Blocks] | None = None
+    scale: float | None = None
+    sink_H: Tensor | None = None
+
+    @property
+    def reach(self) -> Reach:
+        """Causal attention inside each document."""
+        return self.documents.reach()
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_SGD: Tensor,
+        v_SGV: Tensor,
+        reach: Reach,
+        blocks: Blocks | None = None,
+        *,
+        sinks: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the whole sequence, see `Exchange.attend`, with the layer's options.
+
+        Args:
+            q_THD: Queries, turned.
+            k_SGD: Keys, turned.
+            v_SGV: Values.
+            reach: The keys that each query sees.
+            blocks: The blocks that each query chose; None for all.
+            sinks: False leaves the learned sinks out.
+        """
+        sink_H = self.sink_H if sinks else None
+        scale = self.scale_of(q_THD)
+        return self.cp.attend(q_THD, k_SGD, v_SGV, reach, blocks, scale=scale, sink_H=sink_H)
+
+    def scale_of(self, q_THD: Tensor) -> float:
+        """The scale of the scores."""
+        return q_THD.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def turn_queries(self, q_THD: Tensor) -> Tensor:
+        """Queries with their positions."""
+        return self._turning("T", self.positions_T, q_THD).apply(q_THD)
+
+    def turn_keys(self, k_SGD: Tensor) -> Tensor:
+        """Keys with their positions."""
+        name = "T" if self.positions_S is self.positions_T else "S"
+        return self._turning(name, self.positions_S, k_SGD).apply(k_SGD)
+
+    def turning(
+        self, name: str, positions: Callable[[], Tensor], x: Tensor, share: float | None = None
+    ) -> Rotation:
+        """A rotation by other positions, made once per micro-batch.
+
+        Args:
+            name: Tells the positions from others.
+            positions: Makes them, int64 [N] within the document, on any device.
+            x: [N, heads, dim], for its dim and device.
+            share: Of the channels that turn; None for the share of the model.
+        """
+        key = name, x.shape[-1], x.device, self.rope.turns, share
+        return self.documents.once(
+            key, lambda: self.rope.at(positions().to(x.device), x.shape[-1], share)
+        )
+
+    def _turning(self, name: str, positions: Tensor, x: Tensor) -> Rotation:
+        return self.turning(name, lambda: positions, x)
+
+    def of_rows(self, x_SE: Tensor) -> Tensor:
+        """The rows of a tensor over all keys that belong to the queries."""
+        index_T = self.documents.index_T
+        if index_T is None or len(x_SE) == len(index_T):
+            return x_SE
+        return x_SE.index_select(0, index_T.to(x_SE.device))
+
+    def choose(self, name: str, make: Callable[[], Blocks]) -> Blocks:
+        """What `make` chooses; in the second pass of a layer what it chose in the first.
+
+        Args:
+            name: Tells the choices of a layer apart.
+            make: Chooses.
+        """
+        if self.kept is None:
+            return make()
+        if torch.is_grad_enabled() and name in self.kept:
+            return self.kept.pop(name)
+        blocks = make()
+        if not torch.is_grad_enabled():
+            self.kept[name] = blocks
+        return blocks

@@ -1,6 +1,7 @@
 """Dense attention: every query sees every earlier token of its document.
 
-Shapes: T local tokens, E hidden channels, H query heads, G key-value heads, D key dim, V value dim.
+Shapes: T query rows, S keys, E hidden channels, H query heads, G key-value heads, D key dim,
+V value dim.
 """
 
 from __future__ import annotations
@@ -17,20 +18,12 @@ class Dense(nn.Module):
 
     def forward(
         self,
-        hidden_TE: Tensor | None,
+        hidden_SE: Tensor | None,
         q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGV: Tensor,
+        k_SGD: Tensor,
+        v_SGV: Tensor,
         ctx: Context,
     ) -> Tensor:
-        """Output [T, H, V] of this rank's tokens.
-
-        Args:
-            hidden_TE: Not read; may be None.
-            q_THD: Queries before RoPE.
-            k_TGD: Keys before RoPE.
-            v_TGV: Values.
-            ctx: The micro-batch.
-        """
-        q_THD, k_TGD = ctx.rope.apply(q_THD), ctx.rope.apply(k_TGD)
-        return ctx.cp.attend(q_THD, k_TGD, v_TGV, ctx.reach, scale=q_THD.shape[-1] ** -0.5)
+        """Output [T, H, V]; see `Mechanism`."""
+        q_THD, k_SGD = ctx.turn_queries(q_THD), ctx.turn_keys(k_SGD)
+        return ctx.attend(q_THD, k_SGD, v_SGV, ctx.reach)[0]

@@ -1,18 +1,26 @@
-"""Mechanism: the part of a layer between its projections; made from the settings."""
+"""Mechanism: the part of a layer between its projections; made from the settings.
+
+Shapes: T query rows, S keys, E hidden channels, H query heads, G key-value heads, D key dim,
+V value dim.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .context import Context
 from .dense import Dense
-from .settings import AttentionSettings
+from .mechanism_settings import MechanismSettings
+from .site import Site
+from .window import Window
 
 
 class Mechanism(Protocol):
     """An `nn.Module` that decides which keys each query sees; it knows nothing of ranks.
+
+    Queries are those of all tokens, or in generation those of the last ones.
 
     Attributes:
         needs_hidden: Whether it reads the layer's normalised input.
@@ -22,16 +30,25 @@ class Mechanism(Protocol):
 
     def __call__(
         self,
-        hidden_TE: Tensor | None,
+        hidden_SE: Tensor | None,
         q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGV: Tensor,
+        k_SGD: Tensor,
+        v_SGV: Tensor,
         ctx: Context,
     ) -> Tensor:
         """Output [T, H, V] from queries and keys before RoPE."""
         ...
 
 
-def make_mechanism(settings: AttentionSettings) -> Dense:
-    """The mechanism that the settings name, one per layer."""
-    return {"dense": Dense}[settings.mechanism]()
+def make_mechanism(settings: MechanismSettings, site: Site) -> nn.Module:
+    """The mechanism that the settings name.
+
+    Args:
+        settings: Of the layer.
+        site: Where it works.
+    """
+    makers: dict[str, Any] = {
+        "dense": lambda settings, site: Dense(),
+        "window": lambda settings, site: Window(settings),
+    }
+    return makers[settings.kind](settings, site)

@@ -85,6 +85,36 @@ class RotaryTable:
         return _Rotate.apply(x_THD, self.cos_TR, self.sin_TR)
 
 
+@dataclass(frozen=True)
+class Rope:
+    """How positions turn queries and keys of a stage; not at all in a layer without RoPE.
+
+    Attributes:
+        settings: The kind of RoPE.
+        length: Tokens in a sequence of the stage.
+        turns: False in layers whose queries and keys know no position (NoPE).
+    """
+
+    settings: RopeSettings
+    length: int
+    turns: bool = True
+
+    def at(self, positions_T: Tensor, dim: int, share: float | None = None) -> Rotation:
+        """The rotation of tokens at these positions, on their device.
+
+        Args:
+            positions_T: Positions within the document, int64.
+            dim: Channels of one head.
+            share: Of the channels that turn; None for the share of the settings.
+        """
+        if not self.turns:
+            return NoRotation()
+        settings = self.settings
+        if share is not None:
+            settings = settings.model_copy(update={"rotary_share": share})
+        return RotaryTable.build(positions_T, settings, dim, self.length)
+
+
 class _Rotate(torch.autograd.Function):
     """One rotation; its gradient is the opposite one, so nothing but the table is kept.
 

@@ -1,4 +1,4 @@
-"""Which keys a query sees, and how positions enter the scores."""
+"""How positions enter the scores. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from pydantic import Field, ValidationInfo, field_validator
 from ..settings import Length, Settings
 
 Positive = Annotated[float, Field(gt=0)]
-
-
-class AttentionSettings(Settings):
-    """The attention mechanism of every layer."""
-
-    mechanism: Literal["dense"] = "dense"
-    """`dense`: every earlier token of the same document."""
 
 
 class LinearScaling(Settings):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.attend import attend, attend_backward
-from ..kernels.reach import Reach
+from ..kernels.scoring import Gradients
 from .layout import Layout
+from .seen import Seen
 from .transport import Transport
 
 
@@ -23,10 +24,12 @@ class AllGather:
         self._chunks = layout.local_chunks()
 
     def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, scale: float
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """Output and lse over all keys."""
-        return attend(q_THD, self._gather(k_TGD), self._gather(v_TGV), reach, scale=scale)
+        k_SGD, v_SGV = self._gather(k_TGD), self._gather(v_TGV)
+        how = {"scale": seen.scale, "sink_H": seen.sink_H}
+        return attend(q_THD, k_SGD, v_SGV, seen.reach, seen.blocks, **how)
 
     def backward(
         self,
@@ -36,17 +39,18 @@ class AllGather:
         v_TGV: Tensor,
         out_THV: Tensor,
         lse_TH: Tensor,
-        reach: Reach,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        dlse_TH: Tensor | None,
+        seen: Seen,
+    ) -> Gradients:
         """Gathers again; one reduce-scatter returns dk and dv to their owners."""
         k_SGD, v_SGV = self._gather(k_TGD), self._gather(v_TGV)
-        dq_THD, dk_SGD, dv_SGV, *_ = attend_backward(
-            dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, reach, scale=scale
-        )
-        reduced_TGX = self._reduce(dk_SGD, dv_SGV)
-        dk_TGD, dv_TGV = reduced_TGX.split([dk_SGD.shape[2], dv_SGV.shape[2]], dim=2)
-        return dq_THD, dk_TGD, dv_TGV
+        given = dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, seen.reach, seen.blocks
+        how = {"scale": seen.scale, "sink_H": seen.sink_H, "dlse_TH": dlse_TH}
+        grads = attend_backward(*given, **how)
+        reduced_TGX = self._reduce(grads.dk_SGD, grads.dv_SGV)
+        widths = [k_SGD.shape[2], v_SGV.shape[2]]
+        dk_TGD, dv_TGV = reduced_TGX.split(widths, dim=2)
+        return grads._replace(dk_SGD=dk_TGD, dv_SGV=dv_TGV)
 
     def _gather(self, x_TGD: Tensor) -> Tensor:
         """All ranks' tokens in global order, [S, G, D]."""

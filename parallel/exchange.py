@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.attend import attend, attend_backward
+from ..kernels.blocks import Blocks
 from ..kernels.reach import Reach
+from ..kernels.scoring import Gradients
 from .all_gather import AllGather
 from .layout import Layout
 from .ring import Ring
+from .seen import Seen
 from .transport import Transport
 
 ExchangeKind = Literal["ring", "all_gather"]
@@ -26,7 +29,7 @@ class Method(Protocol):
     """How keys and values travel; forward and backward are explicit, without autograd."""
 
     def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, scale: float
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """Output [T, H, V] in the queries' dtype and lse [T, H], over the whole sequence."""
         ...
@@ -39,10 +42,10 @@ class Method(Protocol):
         v_TGV: Tensor,
         out_THV: Tensor,
         lse_TH: Tensor,
-        reach: Reach,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv of the local queries, keys and values, in the accumulators' dtype."""
+        dlse_TH: Tensor | None,
+        seen: Seen,
+    ) -> Gradients:
+        """Gradients of the local queries, keys and values, in the accumulators' dtype."""
         ...
 
 
@@ -50,10 +53,11 @@ class Local:
     """One rank: nothing travels."""
 
     def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, scale: float
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """Output and lse of the only shard."""
-        return attend(q_THD, k_TGD, v_TGV, reach, scale=scale)
+        how = {"scale": seen.scale, "sink_H": seen.sink_H}
+        return attend(q_THD, k_TGD, v_TGV, seen.reach, seen.blocks, **how)
 
     def backward(
         self,
@@ -63,12 +67,13 @@ class Local:
         v_TGV: Tensor,
         out_THV: Tensor,
         lse_TH: Tensor,
-        reach: Reach,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        dlse_TH: Tensor | None,
+        seen: Seen,
+    ) -> Gradients:
         """Gradients of the only shard."""
-        grads = attend_backward(dout_THV, q_THD, k_TGD, v_TGV, out_THV, lse_TH, reach, scale=scale)
-        return grads[:3]
+        given = dout_THV, q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen.reach, seen.blocks
+        how = {"scale": seen.scale, "sink_H": seen.sink_H, "dlse_TH": dlse_TH}
+        return attend_backward(*given, **how)
 
 
 class Exchange:
@@ -78,23 +83,33 @@ class Exchange:
         self._method = method
 
     def attend(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, *, scale: float
-    ) -> Tensor:
+        self,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        reach: Reach,
+        blocks: Blocks | None = None,
+        *,
+        scale: float,
+        sink_H: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Exact attention over the whole sequence: local queries in, local output out.
 
-        Differentiable. Keeps q, k, v, the output and the lse for the backward, all local.
+        Differentiable in all tensors. Keeps q, k, v, the output and the lse, all local.
 
         Args:
             q_THD: The rank's queries.
             k_TGD: The rank's keys, in ascending global order as its layout says.
             v_TGV: The rank's values.
             reach: For each local query the visible keys, as global positions.
+            blocks: The blocks that each local query chose; None for all that it reaches.
             scale: Of the scores.
+            sink_H: The score of one more key per head, with value 0.
 
         Returns:
-            The output [T, H, V] in the queries' dtype.
+            The output [T, H, V] in the queries' dtype, and its lse [T, H].
         """
-        return _Attend.apply(q_THD, k_TGD, v_TGV, self._method, reach, scale)
+        return _Attend.apply(q_THD, k_TGD, v_TGV, sink_H, self._method, reach, blocks, scale)
 
 
 def make_exchange(
@@ -121,21 +136,29 @@ class _Attend(torch.autograd.Function):
         q_THD: Tensor,
         k_TGD: Tensor,
         v_TGV: Tensor,
+        sink_H: Tensor | None,
         method: Method,
         reach: Reach,
+        blocks: Blocks | None,
         scale: float,
-    ) -> Tensor:
-        out_THV, lse_TH = method.forward(q_THD, k_TGD, v_TGV, reach, scale)
-        ctx.save_for_backward(q_THD, k_TGD, v_TGV, out_THV, lse_TH)
-        ctx.method, ctx.reach, ctx.scale = method, reach, scale
-        return out_THV
+    ) -> tuple[Tensor, Tensor]:
+        seen = Seen(reach, blocks, scale, sink_H)
+        out_THV, lse_TH = method.forward(q_THD, k_TGD, v_TGV, seen)
+        ctx.save_for_backward(q_THD, k_TGD, v_TGV, out_THV, lse_TH, sink_H)
+        ctx.method, ctx.seen = method, (reach, blocks, scale)
+        ctx.set_materialize_grads(False)
+        return out_THV, lse_TH
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
+        ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        grads = ctx.method.backward(*grad_outputs, *saved, ctx.reach, ctx.scale)
-        q, k, v = (grad.to(x.dtype) for grad, x in zip(grads, saved, strict=False))
-        return q, k, v, None, None, None
+        *saved, sink_H = ctx.saved_tensors
+        dout_THV, dlse_TH = grad_outputs
+        if dout_THV is None:
+            dout_THV = torch.zeros_like(saved[3])
+        grads = ctx.method.backward(dout_THV, *saved, dlse_TH, Seen(*ctx.seen, sink_H))
+        q, k, v = (grad.to(x.dtype) for grad, x in zip(grads[:3], saved, strict=False))
+        dsink_H = None if sink_H is None else grads.dsink_H.to(sink_H.dtype)
+        return q, k, v, dsink_H, None, None, None, None

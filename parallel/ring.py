@@ -18,7 +18,9 @@ from ..kernels.attend import attend, attend_backward
 from ..kernels.merge import merge
 from ..kernels.precision import wide_dtype
 from ..kernels.reach import Reach
+from ..kernels.scoring import Gradients
 from .layout import Layout
+from .seen import Seen
 from .transport import Transport
 
 
@@ -44,13 +46,16 @@ class Ring:
         self._plans: WeakKeyDictionary[Reach, list[Shard]] = WeakKeyDictionary()
 
     def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, reach: Reach, scale: float
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """Output and lse over all shards, merged in the accumulators' dtype."""
-        wide = wide_dtype(q_THD)
-        arrivals = self._arrivals(reach, k_TGD, v_TGV)
+        _refuse_blocks(seen)
+        wide, scale = wide_dtype(q_THD), seen.scale
+        arrivals = self._arrivals(seen.reach, k_TGD, v_TGV)
         own, k, v = next(arrivals)
-        out_THV, lse_TH = attend(q_THD, k, v, own.reach, scale=scale, out_dtype=wide)
+        # A sink is one more key, so that the first shard may bring it.
+        how = {"scale": scale, "out_dtype": wide, "sink_H": seen.sink_H}
+        out_THV, lse_TH = attend(q_THD, k, v, own.reach, **how)
         for shard, k, v in arrivals:
             if len(shard.reach):
                 rows = shard.rows
@@ -66,17 +71,20 @@ class Ring:
         v_TGV: Tensor,
         out_THV: Tensor,
         lse_TH: Tensor,
-        reach: Reach,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        dlse_TH: Tensor | None,
+        seen: Seen,
+    ) -> Gradients:
         """Gradients; the sums of dk and dv go round one step behind the shard they belong to."""
 
-        def gradients(shard: Shard, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def gradients(shard: Shard, k: Tensor, v: Tensor, sink: Tensor | None = None) -> Gradients:
             dout, q, out, lse = (x[shard.rows] for x in (dout_THV, q_THD, out_THV, lse_TH))
-            return attend_backward(dout, q, k, v, out, lse, shard.reach, scale=scale)[:3]
+            dlse = None if dlse_TH is None else dlse_TH[shard.rows]
+            how = {"scale": seen.scale, "dlse_TH": dlse, "sink_H": sink}
+            return attend_backward(dout, q, k, v, out, lse, shard.reach, **how)
 
-        arrivals = self._arrivals(reach, k_TGD, v_TGV)
-        dq_THD, dk, dv = gradients(*next(arrivals))
+        arrivals = self._arrivals(seen.reach, k_TGD, v_TGV)
+        own = gradients(*next(arrivals), seen.sink_H)
+        dq_THD, dk, dv = own[:3]
         sums = self.transport.shift([dk, dv])
         for shard, k, v in arrivals:
             parts = None
@@ -89,7 +97,7 @@ class Ring:
                 dv += parts[2]
             sums = self.transport.shift([dk, dv])
         dk_TGD, dv_TGV = sums.wait()
-        return dq_THD, dk_TGD, dv_TGV
+        return own._replace(dq_THD=dq_THD, dk_SGD=dk_TGD, dv_SGV=dv_TGV)
 
     def _arrivals(
         self, reach: Reach, k_TGD: Tensor, v_TGV: Tensor
@@ -114,3 +122,8 @@ class Ring:
                 shards.append(Shard(slice(start, stop), local.rows(torch.arange(start, stop))))
             self._plans[reach] = shards
         return shards
+
+
+def _refuse_blocks(seen: Seen) -> None:
+    """The recipe's check lets none of them through."""
+    assert seen.blocks is None, "a ring does not carry chosen blocks"

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..attention.settings import AttentionSettings, RopeSettings
+from ..attention.mechanism_settings import AttentionSettings
+from ..attention.settings import RopeSettings
 from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
 from .data.settings import DataSettings, LocalTokenizer, Tokenizer
@@ -144,6 +145,10 @@ class StageSettings(Settings):
     carry_optimizer: bool = True
     """Keep the optimizer's moments of the stage before; false starts them at zero."""
 
+    trainable: Literal["all", "selection"] = "all"
+    """selection: only what chooses keys learns (an indexer, a gate); the model stands still."""
+
+    attention: AttentionSettings = AttentionSettings()
     rope: RopeSettings = RopeSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     parallel: ParallelSettings = ParallelSettings()
@@ -203,7 +208,6 @@ class RunSettings(Settings):
 
     model: ModelSettings
     tokenizer: Tokenizer
-    attention: AttentionSettings = AttentionSettings()
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

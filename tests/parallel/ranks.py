@@ -25,7 +25,7 @@ def attend_on_rank(transport, kind, layout, reach, tensors):
     index = layout.index(transport.rank if transport else 0)
     q, k, v = (x[index].clone().requires_grad_() for x in tensors[:3])
     exchange = make_exchange(kind, layout, transport)
-    out = exchange.attend(q, k, v, reach.rows(index), scale=SCALE)
+    out = exchange.attend(q, k, v, reach.rows(index), scale=SCALE)[0]
     return out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3][index])
 
 

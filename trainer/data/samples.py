@@ -6,7 +6,7 @@ Shape suffix: T, the tokens of the sequence, all its pieces one after another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,12 +25,15 @@ class Sample:
             document does; 0 where there is none.
         weights_T: float32; 1 where there is a label, 0 at a document's last token and on padding.
         cu_seqlens: int32 [pieces + 1]; the bounds of the pieces. Padding is a last piece.
+        number: Of the sequence (or the first of several) in its stage; random choices that are
+            made once per micro-batch depend on it.
     """
 
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
     weights_T: torch.Tensor
     cu_seqlens: torch.Tensor
+    number: int = 0
 
 
 class TrainingSamples:
@@ -49,7 +52,8 @@ class TrainingSamples:
         return len(self.packing)
 
     def __getitem__(self, index: int) -> Sample:
-        return _sample(self.documents, self.packing[index], self.packing.sequence_length)
+        sample = _sample(self.documents, self.packing[index], self.packing.sequence_length)
+        return replace(sample, number=index)
 
 
 class HeldOutSamples:
@@ -131,6 +135,7 @@ def join(samples: Sequence[Sample]) -> Sample:
         torch.cat([sample.labels_T for sample in samples]),
         torch.cat([sample.weights_T for sample in samples]),
         torch.cat(parts),
+        samples[0].number,
     )
 
 

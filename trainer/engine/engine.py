@@ -14,6 +14,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ...attention.rope import Rope
 from ...parallel.exchange import make_exchange
 from ...parallel.layout import make_layout
 from ...parallel.transport import DistributedTransport
@@ -88,10 +89,9 @@ class Engine:
                 layout,
                 group.rank(),
                 make_exchange(parallel.exchange, layout, DistributedTransport(group)),
-                self.stage.rope,
-                self.stage.length,
-                self.run.model.head_width,
+                Rope(self.stage.rope, self.stage.length),
                 self.device,
+                (self.run.seed, self.stage.name),
             )
         return self._builders[tokens]
 

@@ -5,18 +5,22 @@ Shapes: T tokens of this context rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...attention.context import Context
-from ...attention.rope import NoRotation, RotaryTable
-from ...attention.settings import RopeSettings
-from ...kernels.reach import Reach
+from ...attention.documents import Documents
+from ...attention.notes import Notes
+from ...attention.rope import Rope
+from ...kernels.blocks import Blocks
 from ...parallel.exchange import Exchange
 from ...parallel.layout import Layout
 from ..data.samples import Sample
+from .initialize import stable_seed
+from .key_cache import KeyCache
 
 
 @dataclass
@@ -24,21 +28,33 @@ class MicroBatch(PackedSeqParams):
     """Travels through megatron's schedules in the place of its packed-sequence parameters."""
 
     attention: Context = None  # type: ignore[assignment]
-    unturned: Context = None  # type: ignore[assignment]
-    """The same without RoPE, for `nope_layers`."""
-
     nope_layers: tuple[int, ...] = ()
     tokens_T: torch.Tensor = None  # type: ignore[assignment]
     labels_T: torch.Tensor = None  # type: ignore[assignment]
     weights_T: torch.Tensor = None  # type: ignore[assignment]
+    kept: dict[int, dict[str, Blocks]] = field(default_factory=dict)
+    """Per layer what it chose in its first pass, until its second."""
 
-    def context(self, layer: int) -> Context:
+    cache: KeyCache | None = None
+    """What generation keeps of the tokens before these."""
+
+    def context(self, layer: int, *, training: bool, learns: bool, twice: bool) -> Context:
         """What a layer attends in.
 
         Args:
             layer: Counted from 0 over the whole model.
+            training: Whether weights are being learned.
+            learns: Whether auxiliary losses have gradients now.
+            twice: Whether the layer is computed again in the backward.
         """
-        return self.unturned if layer in self.nope_layers else self.attention
+        rope = self.attention.rope
+        return replace(
+            self.attention,
+            rope=replace(rope, turns=layer not in self.nope_layers),
+            training=training,
+            learns=learns,
+            kept=self.kept.setdefault(layer, {}) if twice else None,
+        )
 
 
 class BatchBuilder:
@@ -48,11 +64,10 @@ class BatchBuilder:
         layout: Of the micro-batch's tokens.
         rank: This context rank.
         exchange: Attention over the context ranks.
-        rope: Of the stage.
-        length: Tokens in a sequence of the stage, by which RoPE is chosen; a micro-batch may hold
-            several sequences, and an evaluation a shorter one.
-        head_width: Channels of one head.
+        rope: Of the stage; a micro-batch may hold several sequences, and an evaluation a shorter
+            one.
         device: Where the tokens go.
+        seed: What the micro-batches' random numbers are drawn from, beside their own number.
     """
 
     def __init__(
@@ -60,16 +75,14 @@ class BatchBuilder:
         layout: Layout,
         rank: int,
         exchange: Exchange,
-        rope: RopeSettings,
-        length: int,
-        head_width: int,
+        rope: Rope,
         device: torch.device,
+        seed: tuple[object, ...],
     ) -> None:
         self.layout = layout
         self.index_T = layout.index(rank)
         self.exchange = exchange
-        self.rope, self.length, self.head_width = rope, length, head_width
-        self.device = device
+        self.rope, self.device, self.seed = rope, device, seed
 
     def __call__(self, sample: Sample) -> MicroBatch:
         """The rank's part of `sample`."""
@@ -78,22 +91,31 @@ class BatchBuilder:
         starts_T = torch.repeat_interleave(sample.cu_seqlens[:-1].long(), lengths)
         positions_T = (torch.arange(self.layout.length) - starts_T)[index_T]
         positions_T = positions_T.to(self.device)
-        context = Context(
-            cp=self.exchange,
-            reach=Reach.documents(sample.cu_seqlens).rows(index_T),
-            rope=RotaryTable.build(positions_T, self.rope, self.head_width, self.length),
-            positions_T=positions_T,
-        )
 
         def local(values_T: torch.Tensor) -> torch.Tensor:
             return values_T[index_T].to(self.device, non_blocking=True)
 
+        weights_T = local(sample.weights_T)
+        context = Context(
+            cp=self.exchange,
+            documents=Documents(sample.cu_seqlens, None if self.layout.ranks == 1 else index_T),
+            rope=self.rope,
+            positions_T=positions_T,
+            positions_S=positions_T,
+            weights_T=weights_T,
+            notes=Notes(),
+            draw=partial(_draw, *self.seed, sample.number),
+        )
         return MicroBatch(
             qkv_format="thd",
             attention=context,
-            unturned=replace(context, rope=NoRotation()),
-            nope_layers=self.rope.nope_layers,
+            nope_layers=self.rope.settings.nope_layers,
             tokens_T=local(sample.tokens_T),
             labels_T=local(sample.labels_T),
-            weights_T=local(sample.weights_T),
+            weights_T=weights_T,
         )
+
+
+def _draw(*key: object) -> float:
+    """A number in [0, 1) for a key."""
+    return stable_seed(*key) / 2**63

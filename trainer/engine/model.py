@@ -39,7 +39,7 @@ from .hooks import mend_router
 from .initialize import initialize, leave_empty
 from .microbatch import MicroBatch
 from .norm import RMSNorm
-from .self_attention import SelfAttention
+from .self_attention import Given, SelfAttention
 
 _VOCAB_MULTIPLE = 8
 
@@ -119,7 +119,9 @@ def _options(run: RunSettings) -> dict[str, Any]:
     return options
 
 
-def _block_spec(run: RunSettings, config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(
+    run: RunSettings, stage: StageSettings, config: TransformerConfig
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline rank."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if run.model.moe is None:
@@ -128,11 +130,12 @@ def _block_spec(run: RunSettings, config: TransformerConfig) -> TransformerBlock
         mend_router()
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    given = Given(stage.attention, frozen=stage.trainable == "selection")
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=SelfAttention, submodules=run.attention),
+            self_attention=ModuleSpec(module=SelfAttention, submodules=given),
             self_attn_bda=cast(Any, get_bias_dropout_add),
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -165,7 +168,7 @@ class LongModel(GPTModel):
         first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
         super().__init__(
             config=config,
-            transformer_layer_spec=cast(Any, _block_spec(run, config)),
+            transformer_layer_spec=cast(Any, _block_spec(run, stage, config)),
             vocab_size=padded_vocab(vocab, stage.parallel.tensor),
             max_sequence_length=stage.length,
             pre_process=first,

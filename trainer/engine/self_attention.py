@@ -6,23 +6,44 @@ G key-value heads of this tensor rank, D head width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch.distributed import ProcessGroup
 
-from ...attention.mechanism import make_mechanism
-from ...attention.settings import AttentionSettings
+from ...attention.layer import Attention
+from ...attention.mechanism_settings import AttentionSettings
+from ...attention.site import Site
 from .initialize import leave_empty
 from .microbatch import MicroBatch
 from .norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a layer's attention is made from.
+
+    Attributes:
+        stage: The attention of the stage.
+        frozen: Whether only what selects keys learns.
+    """
+
+    stage: AttentionSettings
+    frozen: bool
 
 
 class SelfAttention(MegatronModule):
@@ -35,13 +56,14 @@ class SelfAttention(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: AttentionSettings,
+        submodules: Given,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
+        self.tp_group, self.frozen = pg_collection.tp, submodules.frozen
         heads, groups = config.num_attention_heads, config.num_query_groups
         width = config.kv_channels
         assert groups is not None and width is not None
@@ -75,7 +97,13 @@ class SelfAttention(MegatronModule):
         if config.qk_layernorm:
             self.q_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
             self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
-        self.mechanism = make_mechanism(submodules)
+        local = heads // pg_collection.tp.size()
+        self.attention = Attention(
+            submodules.stage,
+            submodules.stage.of_layer(layer_number - 1, config.num_layers),
+            self._site(submodules, layer_number - 1, local, pg_collection.tp),
+        )
+        self._mark()
 
     def forward(
         self, hidden_states: torch.Tensor, *, packed_seq_params: MicroBatch, **_: Any
@@ -89,14 +117,81 @@ class SelfAttention(MegatronModule):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q_THD, k_TGD = self.q_layernorm(q_THD), self.k_layernorm(k_TGD)
         hidden_TE = None
-        if self.mechanism.needs_hidden:
+        if self.attention.needs_hidden:
             hidden_TE = self._gathered(hidden_states)[:, 0]
-        ctx = packed_seq_params.context(self.layer_number - 1)
-        out_THD = self.mechanism(hidden_TE, q_THD, k_TGD, v_TGD, ctx)
+        layer, batch = self.layer_number - 1, packed_seq_params
+        if batch.cache is not None:
+            k_TGD, v_TGD, hidden_TE = batch.cache.extend(layer, k_TGD, v_TGD, hidden_TE)
+        twice = self.training and self.config.recompute_granularity == "full"
+        ctx = batch.context(
+            layer,
+            training=self.training,
+            # Of the two passes of a recomputed layer only the second has gradients.
+            learns=self.training and (torch.is_grad_enabled() or self.frozen),
+            twice=twice and not self.frozen,
+        )
+        out_THD = self.attention(hidden_TE, q_THD, k_TGD, v_TGD, ctx)
         return self.linear_proj(out_THD.reshape(tokens, 1, -1))
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """megatron's, with the parameters of the attention under a name of this layer's own.
+
+        megatron stores equal layers as one tensor, but not every layer has the same attention.
+        """
+        attention = self._modules.pop("attention")
+        try:
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self._modules["attention"] = attention
+        own = dict(attention.named_parameters())
+        split = {name: 0 for name, parameter in own.items() if parameter.by_head}
+        at = f"{prefix}attention."
+        stored = make_sharded_tensors_for_checkpoint(
+            own, at, split, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"]
+        )
+        for tensor in stored.values():
+            rest = tensor.key.removeprefix(at)
+            tensor.key = f"{prefix}attention.{self.layer_number - 1}.{rest}"
+        return state | stored
+
+    def _site(self, given: Given, layer: int, heads: int, group: ProcessGroup) -> Site:
+        config, stage = self.config, given.stage
+        mechanisms = stage.mechanisms(config.num_layers)
+        tensor = group.size()
+
+        def reduced(x: torch.Tensor, op: Any) -> torch.Tensor:
+            if tensor > 1:
+                x = x.contiguous()
+                dist.all_reduce(x, op=op, group=group)
+            return x
+
+        return Site(
+            layer=layer,
+            mechanisms=mechanisms.count(mechanisms[layer]),
+            hidden=config.hidden_size,
+            heads=heads,
+            groups=heads // self.heads_per_group,
+            dim=self.head_width,
+            first_head=heads * group.rank(),
+            all_heads=config.num_attention_heads,
+            dtype=config.params_dtype,
+            total=partial(reduced, op=dist.ReduceOp.SUM),
+            largest=partial(reduced, op=dist.ReduceOp.MAX),
+            shared=partial(copy_to_tensor_model_parallel_region, group=group),
+        )
+
+    def _mark(self) -> None:
+        """Tell megatron which parameters are split over the tensor ranks."""
+        for parameter in self.attention.parameters():
+            split = bool(parameter.by_head)
+            set_tensor_model_parallel_attributes(parameter, split, 0, 1)
+
     def _gathered(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """All tokens' layer input under sequence parallelism."""
+        """All tokens' layer input, whose gradient is summed over the tensor ranks."""
         if not self.config.sequence_parallel:
-            return hidden_states
-        return gather_from_sequence_parallel_region(hidden_states)
+            return copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        return gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True, group=self.tp_group
+        )

@@ -1,0 +1,88 @@
+"""Documents: the packed documents of a micro-batch, as this rank's queries see them.
+
+Shapes: T query rows, S keys, P windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ..kernels.grid import Grid
+from ..kernels.reach import Reach
+from ..kernels.windows import Windows
+
+Made = TypeVar("Made")
+
+
+class Documents:
+    """What is planned on the host once per micro-batch, on demand, and shared by all layers.
+
+    Args:
+        cu_seqlens: Boundaries of the documents, ascending from 0.
+        index_T: Positions of the query rows among all tokens, ascending; None if they are all.
+    """
+
+    def __init__(self, cu_seqlens: Tensor | Sequence[int], index_T: Tensor | None = None) -> None:
+        self.cu_seqlens = tuple(int(x) for x in cu_seqlens)
+        self.index_T = index_T
+        self._made: dict[Hashable, Any] = {}
+
+    @property
+    def keys(self) -> int:
+        """Tokens of all documents."""
+        return self.cu_seqlens[-1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the query rows are all tokens."""
+        return self.index_T is None
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` makes, made once for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+    def reach(self, window: int | None = None) -> Reach:
+        """Causal attention inside each document, over at most `window` tokens."""
+
+        def make() -> Reach:
+            reach = Reach.documents(self.cu_seqlens, window)
+            return reach if self.index_T is None else reach.rows(self.index_T)
+
+        return self.once(("reach", window), make)
+
+    def grid(self, size: int) -> Grid:
+        """Blocks of `size` tokens in each document, the last one shorter."""
+        return self.once(("grid", size), lambda: Grid.documents(self.cu_seqlens, size))
+
+    def windows(self, length: int, stride: int) -> Windows:
+        """Complete windows of `length` tokens, `stride` tokens apart, in each document."""
+        key = "windows", length, stride
+        return self.once(key, lambda: Windows.documents(self.cu_seqlens, length, stride))
+
+    def windows_seen(self, length: int, stride: int) -> Reach:
+        """Those of these windows that lie wholly before or at each query."""
+        key = "windows seen", length, stride
+        return self.once(key, lambda: self.windows(length, stride).reach(self.reach()))
+
+    def starts(self) -> Tensor:
+        """Where the document of each query row begins, int64 [T] on the host."""
+        return self.reach().first_T
+
+    def rows(self) -> Tensor:
+        """Positions of the query rows among all tokens, int64 [T] on the host."""
+        return torch.arange(self.keys) if self.index_T is None else self.index_T
+
+    def lengths(self) -> Tensor:
+        """Tokens of each query row's document, int64 [T] on the host."""
+
+        def make() -> Tensor:
+            sizes = torch.tensor(self.cu_seqlens).diff()
+            return torch.repeat_interleave(sizes, sizes)[self.rows()]
+
+        return self.once("lengths", make)
