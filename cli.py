@@ -106,6 +106,14 @@ def recipes() -> None:
 
 
 @app.command()
+def mechanisms() -> None:
+    """Compare the attention mechanisms that a stage can have."""
+    from .attention.catalogue import catalogue
+
+    _print(catalogue())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipe files, for editors."""
     import json

@@ -17,6 +17,7 @@ from ..kernels.reach import Reach
 from ..parallel.exchange import Exchange
 from .documents import Documents
 from .notes import Notes
+from .probe import Chosen, Probe
 from .rope import Rope, Rotation
 
 
@@ -38,6 +39,8 @@ class Context:
         draw: A number in [0, 1) for a name; the same on all ranks that share the micro-batch, and
             in every attempt.
         kept: What the layer chose in its first pass, for the second; None if there is one pass.
+        layer: Number of the layer, from 0 over the whole model.
+        probe: Measures what the layer looks at; None most of the time.
         scale: Of the scores; None for 1 / sqrt(D).
         sink_H: The learned score per head with nothing behind it.
     """
@@ -53,6 +56,8 @@ class Context:
     learns: bool = True
     draw: Callable[[str], float] = lambda name: 0.0
     kept: dict[str, Blocks] | None = None
+    layer: int = 0
+    probe: Probe | None = None
     scale: float | None = None
     sink_H: Tensor | None = None
 
@@ -123,6 +128,23 @@ class Context:
         if index_T is None or len(x_SE) == len(index_T):
             return x_SE
         return x_SE.index_select(0, index_T.to(x_SE.device))
+
+    def look(self, q_THD: Tensor, k_SGD: Tensor, chosen: Chosen | None = None) -> None:
+        """Have the probe, if there is one, compare what queries see with full attention.
+
+        Args:
+            q_THD: Turned queries.
+            k_SGD: Turned keys.
+            chosen: Which keys a row sees, such as `in_blocks(blocks)`; None for all in reach.
+        """
+        if self.probe is not None:
+            how = self.reach, self.scale_of(q_THD), self.sink_H, chosen
+            self.probe.look(self.layer, q_THD, k_SGD, *how)
+
+    def measure(self, measure: str, value: Tensor) -> None:
+        """Have the probe, if there is one, note the mean of a value; see `MEASURES`."""
+        if self.probe is not None:
+            self.probe.add(self.layer, measure, value)
 
     def choose(self, name: str, make: Callable[[], Blocks]) -> Blocks:
         """What `make` chooses; in the second pass of a layer what it chose in the first.

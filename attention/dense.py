@@ -26,4 +26,5 @@ class Dense(nn.Module):
     ) -> Tensor:
         """Output [T, H, V]; see `Mechanism`."""
         q_THD, k_SGD = ctx.turn_queries(q_THD), ctx.turn_keys(k_SGD)
+        ctx.look(q_THD, k_SGD)
         return ctx.attend(q_THD, k_SGD, v_SGV, ctx.reach)[0]

@@ -24,11 +24,17 @@ class Documents:
     Args:
         cu_seqlens: Boundaries of the documents, ascending from 0.
         index_T: Positions of the query rows among all tokens, ascending; None if they are all.
+        final: Tokens that the only document will have when all of it is there; None if it is.
     """
 
-    def __init__(self, cu_seqlens: Tensor | Sequence[int], index_T: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        cu_seqlens: Tensor | Sequence[int],
+        index_T: Tensor | None = None,
+        final: int | None = None,
+    ) -> None:
         self.cu_seqlens = tuple(int(x) for x in cu_seqlens)
-        self.index_T = index_T
+        self.index_T, self.final = index_T, final
         self._made: dict[Hashable, Any] = {}
 
     @property
@@ -79,10 +85,11 @@ class Documents:
         return torch.arange(self.keys) if self.index_T is None else self.index_T
 
     def lengths(self) -> Tensor:
-        """Tokens of each query row's document, int64 [T] on the host."""
+        """Tokens of each query row's document in the end, int64 [T] on the host."""
 
         def make() -> Tensor:
             sizes = torch.tensor(self.cu_seqlens).diff()
-            return torch.repeat_interleave(sizes, sizes)[self.rows()]
+            sizes_T = torch.repeat_interleave(sizes, sizes)[self.rows()]
+            return sizes_T if self.final is None else torch.full_like(sizes_T, self.final)
 
         return self.once("lengths", make)

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .context import Context
 from .site import Site
 
 
@@ -26,7 +27,8 @@ class OutputGate(nn.Module):
         rows = site.heads * (1 if per == "head" else site.dim)
         self.weight = site.parameter(rows, site.hidden, by_head=True)
 
-    def forward(self, hidden_TE: Tensor, out_THV: Tensor) -> Tensor:
+    def forward(self, hidden_TE: Tensor, out_THV: Tensor, ctx: Context) -> Tensor:
         """The gated output [T, H, V]."""
         gate_TX = linear(hidden_TE, self.weight).sigmoid()
+        ctx.measure("gate", gate_TX)
         return out_THV * gate_TX.view(*out_THV.shape[:2], -1)

@@ -62,7 +62,7 @@ class Attention(nn.Module):
         if self.gate is None:
             return out_THV
         assert hidden_SE is not None
-        return self.gate(ctx.of_rows(hidden_SE), out_THV)
+        return self.gate(ctx.of_rows(hidden_SE), out_THV, ctx)
 
     @staticmethod
     def _growth(ctx: Context, start: int) -> Tensor:

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from .context import Context
 from .dense import Dense
+from .indexer import Indexer
+from .infllm_v2 import InfllmV2
 from .mechanism_settings import MechanismSettings
+from .moba import Moba
+from .nsa import Nsa
+from .seer import Seer
+from .sharded_heads import ShardedHeads
 from .site import Site
+from .ssa import Ssa
 from .window import Window
 
 
@@ -50,5 +57,12 @@ def make_mechanism(settings: MechanismSettings, site: Site) -> nn.Module:
     makers: dict[str, Any] = {
         "dense": lambda settings, site: Dense(),
         "window": lambda settings, site: Window(settings),
+        "infllm_v2": lambda settings, site: InfllmV2(settings),
+        "moba": lambda settings, site: Moba(settings),
+        "sharded_heads": ShardedHeads,
+        "ssa": Ssa,
+        "nsa": Nsa,
+        "indexer": Indexer,
+        "seer": Seer,
     }
     return makers[settings.kind](settings, site)

@@ -53,7 +53,8 @@ class NsaSettings(Preset):
 
     kind: Literal["nsa"]
     preset: Literal["fla"] | None = None
-    """fla: compression blocks that are the selection blocks, only the own block forced."""
+    """fla: compression blocks that are the selection blocks, means of keys that have turned, only
+    the own block forced."""
 
     block: int = Field(default=64, ge=1)
     """Tokens of a selection block; a multiple of compress_stride."""
@@ -96,7 +97,16 @@ class NsaSettings(Preset):
     def presets(cls) -> dict[str, dict[str, Any]]:
         """The settings of each preset."""
         same = {"block": 64, "compress_length": 64, "compress_stride": 64, "compress": "mean"}
-        return {"fla": {**same, "encode_position": "none", "initial": 0, "local": 1}}
+        forced = {"initial": 0, "local": 1}
+        return {"fla": {**same, **forced, "encode_position": "none", "compress_after_rope": True}}
+
+    @model_validator(mode="after")
+    def _fits(self) -> NsaSettings:
+        if self.compress_length % self.compress_stride or self.block % self.compress_stride:
+            raise ValueError("compress_stride divides compress_length and block")
+        if self.initial + self.local > self.count:
+            raise ValueError("count includes the initial and local blocks")
+        return self
 
 
 class InfllmV2Settings(Preset):
@@ -135,6 +145,12 @@ class InfllmV2Settings(Preset):
     def presets(cls) -> dict[str, dict[str, Any]]:
         """The settings of each preset."""
         return {"minicpm4": {"count": 62, "local": 33}}
+
+    @model_validator(mode="after")
+    def _fits(self) -> InfllmV2Settings:
+        if self.compress_length % self.compress_stride or self.block % self.compress_stride:
+            raise ValueError("compress_stride divides compress_length and block")
+        return self
 
 
 class SsaSettings(Settings):
@@ -239,6 +255,14 @@ class SeerSettings(Settings):
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Least probability of a chosen block; with evaluate: threshold."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> SeerSettings:
+        if (self.threshold is None) == (self.evaluate == "threshold"):
+            raise ValueError("threshold goes with evaluate: threshold, and only with it")
+        if self.dim % 2:
+            raise ValueError("dim is even, as pairs of channels turn")
+        return self
+
 
 class HisaSettings(Settings):
     """HISA (arXiv 2603.28458): look for blocks by pooled index keys, then for keys in them."""
@@ -287,10 +311,24 @@ class IndexerSettings(Settings):
     """DSA's scores are sums of relu(q . k); false: of plain products."""
 
     weight: float = Field(default=1.0, gt=0)
-    """Of the divergence from the attention's map."""
+    """Of the divergence from the attention's map, a sum over choices."""
 
     hisa: HisaSettings | None = None
     """Choose tokens in two steps."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> IndexerSettings:
+        turning = int(self.dim * self.rotary_share)
+        if turning % 2 or not turning:
+            raise ValueError(f"rotary_share takes an even part of dim, not {turning} channels")
+        if self.local > self.count:
+            raise ValueError("count includes the local blocks")
+        hisa = self.hisa
+        if hisa is not None and (self.block > 1 or self.local):
+            raise ValueError("hisa chooses single tokens, none of them always: block: 1, local: 0")
+        if hisa is not None and hisa.block * hisa.budget < self.count:
+            raise ValueError("hisa searches at least count tokens: block times budget")
+        return self
 
 
 MechanismSettings = Annotated[
@@ -378,3 +416,17 @@ class AttentionSettings(Settings):
     def mechanisms(self, layers: int) -> list[MechanismSettings]:
         """The mechanisms of all layers."""
         return [self.of_layer(layer, layers) for layer in range(layers)]
+
+
+_LOSSES = {"ssa": "alignment", "seer": "gate_loss", "indexer": "index_loss"}
+
+
+def auxiliary_losses(settings: AttentionSettings, layers: int) -> list[str]:
+    """Names of the losses that mechanisms add to that of the model, sorted."""
+    kinds = {mechanism.kind for mechanism in settings.mechanisms(layers)}
+    return sorted(name for kind, name in _LOSSES.items() if kind in kinds)
+
+
+def learns_by_itself(mechanism: MechanismSettings) -> bool:
+    """Whether what a mechanism adds to the model learns from a loss of its own alone."""
+    return mechanism.kind in ("seer", "indexer")

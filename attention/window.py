@@ -14,6 +14,7 @@ from .context import Context
 from .documents import Documents
 from .mechanism_settings import WindowSettings
 from .merging import merge_outputs
+from .probe import in_reach
 
 
 class Window(nn.Module):
@@ -36,13 +37,16 @@ class Window(nn.Module):
         """Output [T, H, V]; see `Mechanism`."""
         window, first = self.settings.window, self.settings.first
         q_THD, k_SGD = ctx.turn_queries(q_THD), ctx.turn_keys(k_SGD)
-        near = ctx.attend(q_THD, k_SGD, v_SGV, ctx.documents.reach(window))
+        near_reach = ctx.documents.reach(window)
+        near = ctx.attend(q_THD, k_SGD, v_SGV, near_reach)
         if not first:
+            ctx.look(q_THD, k_SGD, in_reach(near_reach))
             return near[0]
-        reach = ctx.documents.once(
+        far_reach = ctx.documents.once(
             ("first", window, first), lambda: _first_tokens(ctx.documents, window, first)
         )
-        far = ctx.attend(q_THD, k_SGD, v_SGV, reach, sinks=False)
+        ctx.look(q_THD, k_SGD, in_reach(near_reach, far_reach))
+        far = ctx.attend(q_THD, k_SGD, v_SGV, far_reach, sinks=False)
         return merge_outputs([near, far])
 
 

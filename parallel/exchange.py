@@ -145,7 +145,7 @@ class _Attend(torch.autograd.Function):
         seen = Seen(reach, blocks, scale, sink_H)
         out_THV, lse_TH = method.forward(q_THD, k_TGD, v_TGV, seen)
         ctx.save_for_backward(q_THD, k_TGD, v_TGV, out_THV, lse_TH, sink_H)
-        ctx.method, ctx.seen = method, (reach, blocks, scale)
+        ctx.method, ctx.asked = method, (reach, blocks, scale)
         ctx.set_materialize_grads(False)
         return out_THV, lse_TH
 
@@ -154,11 +154,17 @@ class _Attend(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *saved, sink_H = ctx.saved_tensors
+        q_THD, k_TGD, v_TGV, out_THV, lse_TH, sink_H = ctx.saved_tensors
+        method: Method = ctx.method
         dout_THV, dlse_TH = grad_outputs
         if dout_THV is None:
-            dout_THV = torch.zeros_like(saved[3])
-        grads = ctx.method.backward(dout_THV, *saved, dlse_TH, Seen(*ctx.seen, sink_H))
-        q, k, v = (grad.to(x.dtype) for grad, x in zip(grads[:3], saved, strict=False))
-        dsink_H = None if sink_H is None else grads.dsink_H.to(sink_H.dtype)
+            dout_THV = torch.zeros_like(out_THV)
+        inputs = q_THD, k_TGD, v_TGV
+        reach, blocks, scale = ctx.asked
+        seen = Seen(reach, blocks, scale, sink_H)
+        grads = method.backward(dout_THV, *inputs, out_THV, lse_TH, dlse_TH, seen)
+        q, k, v = (grad.to(x.dtype) for grad, x in zip(grads[:3], inputs, strict=True))
+        dsink_H = None
+        if grads.dsink_H is not None:
+            dsink_H = grads.dsink_H.to(sink_H.dtype)
         return q, k, v, dsink_H, None, None, None, None

@@ -12,6 +12,7 @@ from ..trainer.data.settings import LocalTokenizer
 from ..trainer.devices import Machine, this_machine
 from ..trainer.plan import model_ranks, plan_stage, run_ranks
 from ..trainer.settings import ModelSettings
+from .check_attention import warn_of_attention
 from .check_rope import check_induction_rope
 from .check_stage import check_stage
 from .recipe import Recipe
@@ -206,6 +207,7 @@ def _warnings(recipe: Recipe, ranks: int, machine: Machine) -> Iterator[str]:
         yield f"{count(local, 'rank')} share {cores}: it works, slowly"
     if not machine.gpus and recipe.precision == "bf16":
         yield "precision bf16 is slow on most CPUs; fp32 is the better choice without a GPU"
+    yield from warn_of_attention(recipe.model, recipe.stages)
     for stage in recipe.stages:
         batches, pipeline = plan_stage(stage, ranks).micro_batches, stage.parallel.pipeline
         if batches < pipeline:

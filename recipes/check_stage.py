@@ -10,7 +10,9 @@ from ..parallel.layout import divisor
 from ..parallel.settings import ParallelSettings
 from ..trainer.plan import model_ranks
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
+from .check_attention import check_attention
 from .check_rope import check_rope
+from .fixes import around, divisors, either
 from .recipe import Recipe
 
 
@@ -27,6 +29,7 @@ def check_stage(recipe: Recipe, stage: StageSettings, index: int, ranks: int) ->
     yield from _check_tensor(recipe.model, stage.parallel, f"{at}.parallel")
     yield from _check_experts(recipe.model, stage, f"{at}.parallel", ranks)
     yield from check_rope(recipe.model, stage, f"{at}.rope")
+    yield from check_attention(recipe.model, stage, at)
     yield from _check_optimizer(stage.optimizer, f"{at}.optimizer")
     yield from _check_length(stage, at)
     yield from _check_batch(stage, at, ranks)
@@ -38,12 +41,12 @@ def _check_tensor(model: ModelSettings, parallel: ParallelSettings, at: str) -> 
         shared["model.ffn_hidden"] = model.ffn_hidden
     if math.gcd(*shared.values()) % parallel.tensor:
         divided = ", ".join(f"{name} ({size})" for name, size in shared.items())
-        works = _divisors(math.gcd(*shared.values()))
+        works = divisors(math.gcd(*shared.values()))
         expected = f"a divisor of {divided}"
-        yield Problem(f"{at}.tensor", str(parallel.tensor), expected, f"tensor: {_either(works)}")
+        yield Problem(f"{at}.tensor", str(parallel.tensor), expected, f"tensor: {either(works)}")
     if model.layers % parallel.pipeline:
         expected = f"a divisor of model.layers ({model.layers})"
-        fix = f"pipeline: {_either(_divisors(model.layers))}"
+        fix = f"pipeline: {either(divisors(model.layers))}"
         yield Problem(f"{at}.pipeline", str(parallel.pipeline), expected, fix)
     if parallel.sequence and parallel.tensor == 1:
         expected = "false: with tensor 1 there is nothing to split over"
@@ -65,13 +68,13 @@ def _check_experts(
         return
     if model.moe.experts % expert:
         expected = f"a divisor of model.moe.experts ({model.moe.experts})"
-        fix = f"expert: {_either(_divisors(model.moe.experts))}"
+        fix = f"expert: {either(divisors(model.moe.experts))}"
         yield Problem(f"{at}.expert", str(expert), expected, fix)
     replicas = ranks // model_ranks(stage) * stage.parallel.context
     if ranks % model_ranks(stage) == 0 and replicas % expert:
         expected = f"a divisor of the stage's data x context ranks ({replicas})"
-        works = [n for n in _divisors(replicas) if model.moe.experts % n == 0]
-        fix = f"expert: {_either(works)}, or more ranks"
+        works = [n for n in divisors(replicas) if model.moe.experts % n == 0]
+        fix = f"expert: {either(works)}, or more ranks"
         yield Problem(f"{at}.expert", str(expert), expected, fix)
 
 
@@ -105,7 +108,7 @@ def _check_length(stage: StageSettings, at: str) -> Iterator[Problem]:
     if stage.length % unit:
         expected = f"a multiple of {unit} ({' and '.join(reasons)})"
         yield Problem(
-            f"{at}.length", str(stage.length), expected, _around("length", stage.length, unit)
+            f"{at}.length", str(stage.length), expected, around("length", stage.length, unit)
         )
 
 
@@ -122,20 +125,4 @@ def _check_batch(stage: StageSettings, at: str, ranks: int) -> Iterator[Problem]
             f"a multiple of {unit} (length {length} x micro_batch {stage.micro_batch} "
             f"x {data} data-parallel ranks)"
         )
-    yield Problem(
-        f"{at}.batch_tokens", str(tokens), expected, _around("batch_tokens", tokens, unit)
-    )
-
-
-def _around(name: str, value: int, unit: int) -> str:
-    """The multiples of `unit` next to a value."""
-    below = value // unit * unit
-    return f"{name}: {_either([number for number in (below, below + unit) if number])}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, min(number, 4096) + 1) if number % n == 0]
-
-
-def _either(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers[:8]))
+    yield Problem(f"{at}.batch_tokens", str(tokens), expected, around("batch_tokens", tokens, unit))

@@ -6,10 +6,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..attention.catalogue import words
 from ..trainer.data.settings import LocalTokenizer
-from ..trainer.parameters import count_parameters
+from ..trainer.parameters import attention_parameters, count_parameters
 from ..trainer.plan import plan_stage
-from ..trainer.settings import OptimizerSettings, StageSettings
+from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
 from .check import CheckedRecipe, count
 
 _BINARY = ((2**30, "G"), (2**20, "M"), (2**10, "K"))
@@ -73,7 +74,8 @@ def _ranks(checked: CheckedRecipe) -> str:
 def _stages(checked: CheckedRecipe) -> Table:
     """One column per stage."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    columns = [_column(stage, checked.ranks) for stage in checked.recipe.stages]
+    model = checked.recipe.model
+    columns = [_column(model, stage, checked.ranks) for stage in checked.recipe.stages]
     for heading in ("", *(stage.name for stage in checked.recipe.stages)):
         table.add_column(heading, overflow="fold")
     for name in columns[0]:
@@ -81,9 +83,10 @@ def _stages(checked: CheckedRecipe) -> Table:
     return table
 
 
-def _column(stage: StageSettings, ranks: int) -> dict[str, str]:
+def _column(model: ModelSettings, stage: StageSettings, ranks: int) -> dict[str, str]:
     plan, parallel = plan_stage(stage, ranks), stage.parallel
     tokens = stage.batch_tokens
+    added = attention_parameters(model, stage.attention)
     exchanged = f"{parallel.exchange}, {parallel.layout}" if parallel.context > 1 else "-"
     return {
         "length": exact(stage.length),
@@ -92,11 +95,19 @@ def _column(stage: StageSettings, ranks: int) -> dict[str, str]:
         "tokens per step": exact(tokens),
         "sequences per step": f"{plan.sequences_per_step:,}",
         "micro-batches": f"{plan.micro_batches:,} x {count(stage.micro_batch, 'sequence')}",
+        "attention": _attention(model, stage),
+        "added parameters": rough(added) if added else "-",
         "RoPE": stage.rope.words,
         "learning rate": _rate(stage.optimizer),
         "layout": _layout(stage, plan.data),
         "exchange": exchanged,
     }
+
+
+def _attention(model: ModelSettings, stage: StageSettings) -> str:
+    """Mechanisms and options, and whether nothing but their selection learns."""
+    parts = words(stage.attention, model.layers)
+    return parts + ("; trains the selection only" if stage.trainable == "selection" else "")
 
 
 def _rate(optimizer: OptimizerSettings) -> str:

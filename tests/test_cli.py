@@ -41,7 +41,7 @@ def test_version_and_help(longspan):
     assert longspan("--version") == (0, f"longspan {__version__}\n", "")
     code, out, _ = longspan("--help")
     assert code == 0 and "longspan train quickstart" in out
-    for verb in ("train", "resume", "check", "recipes", "schema", "doctor"):
+    for verb in ("train", "resume", "check", "recipes", "mechanisms", "schema", "doctor"):
         assert f"  {verb} " in out
 
 
@@ -113,6 +113,20 @@ def test_recipes_one_line_each(longspan):
     assert all(len(line.split()) > 4 for line in lines)
 
 
+def test_mechanisms_says_what_each_can_do(longspan):
+    code, out, err = longspan("mechanisms")
+    assert (code, err) == (0, "")
+    heading, *lines = [line for line in out.splitlines() if line.strip()]
+    assert heading.split()[-7:] == ["packing", "GQA", "TP", "PP", "CP", "generation", "arXiv"]
+    rows = {line.split()[0]: line for line in lines if not line.startswith(" ")}
+    assert list(rows) == ["dense", "window", "nsa", "infllm_v2", "ssa", "moba", "sharded_heads",
+                          "seer", "indexer"]  # fmt: skip
+    over_context = {kind for kind, row in rows.items() if row.split().count("yes") >= 6}
+    assert {kind for kind, row in rows.items() if " no " not in row} == {"dense", "window"}
+    assert over_context == {"dense", "window"}
+    assert max(map(len, out.splitlines())) <= 160
+
+
 def test_schema_is_json(longspan):
     _, out, _ = longspan("schema")
     assert json.loads(out)["title"] == "longspan recipe"
@@ -146,7 +160,9 @@ def cold(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("verb", ["check quickstart", "recipes", "schema", "--help", "check nope"])
+@pytest.mark.parametrize(
+    "verb", ["check quickstart", "recipes", "mechanisms", "schema", "--help", "check nope"]
+)
 def test_quick_verbs_import_nothing_heavy(verb):
     program = (
         "import sys\nfrom longspan import cli\nsys.argv = sys.argv[1:]\n"
@@ -164,7 +180,7 @@ def test_quick_verbs_import_nothing_heavy(verb):
 
 
 def test_every_verb_and_option_is_explained():
-    for verb in ("", "train", "resume", "check", "recipes", "schema", "doctor"):
+    for verb in ("", "train", "resume", "check", "recipes", "mechanisms", "schema", "doctor"):
         result = CliRunner().invoke(cli.app, [*verb.split(), "--help"])
         assert result.exit_code == 0
         assert "..." not in result.output.replace("[ARGS]...", "")

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+from ..attention.mechanism_settings import AttentionSettings
+from ..attention.parameters import LayerShape, added_parameters
 from .settings import ModelSettings
 
 
-def count_parameters(model: ModelSettings, vocab: int) -> int:
-    """Parameters of the whole model for a vocabulary of `vocab` tokens, padding not counted."""
+def count_parameters(
+    model: ModelSettings, vocab: int, attention: AttentionSettings | None = None
+) -> int:
+    """Parameters of the whole model, padding of the vocabulary not counted.
+
+    Args:
+        model: The model.
+        vocab: Tokens of its vocabulary.
+        attention: Of a stage, for what it adds to the layers; None for dense attention without
+            options, which adds nothing.
+    """
     hidden, width = model.hidden, model.head_width
-    attention = hidden * width * (2 * model.heads + 2 * model.kv_heads)
+    layer = _projections(model) + 2 * hidden + (2 * width if model.qk_norm else 0)
     if model.qkv_bias:
-        attention += width * (model.heads + 2 * model.kv_heads)
-    norms = 2 * hidden + (2 * width if model.qk_norm else 0)
-    mlp = 3 * hidden * model.ffn_hidden
-    if model.moe is not None:
-        mlp = model.moe.experts * (mlp + hidden)
+        layer += width * (model.heads + 2 * model.kv_heads)
+    layer += _mlp(model, model.moe.experts if model.moe else 1)
     embeddings = (1 if model.tied_embeddings else 2) * vocab * hidden
-    return embeddings + model.layers * (attention + norms + mlp) + hidden
+    added = attention_parameters(model, attention or AttentionSettings())
+    return embeddings + model.layers * layer + hidden + added
+
+
+def attention_parameters(model: ModelSettings, attention: AttentionSettings) -> int:
+    """Parameters that a stage's attention adds to the model."""
+    shape = layer_shape(model)
+    of_layers = attention.mechanisms(model.layers)
+    return sum(added_parameters(attention, mechanism, shape) for mechanism in of_layers)
+
+
+def active_parameters(model: ModelSettings, vocab: int) -> int:
+    """Parameters of the matrices that each token is multiplied with.
+
+    The output layer counts, the input embedding does not; of experts those that a token visits.
+    What attention adds is part of its own cost.
+    """
+    layer = _projections(model) + _mlp(model, model.moe.top_k if model.moe else 1)
+    return model.layers * layer + vocab * model.hidden
+
+
+def layer_shape(model: ModelSettings) -> LayerShape:
+    """The widths of a layer's attention."""
+    return LayerShape(model.hidden, model.heads, model.kv_heads, model.head_width)
+
+
+def _projections(model: ModelSettings) -> int:
+    """Of queries, keys, values and the output."""
+    return model.hidden * model.head_width * (2 * model.heads + 2 * model.kv_heads)
+
+
+def _mlp(model: ModelSettings, experts: int) -> int:
+    """So many MLPs, and the router to all of them."""
+    router = model.hidden * model.moe.experts if model.moe else 0
+    return router + experts * 3 * model.hidden * model.ffn_hidden

@@ -181,6 +181,16 @@ class EvaluationSettings(Settings):
     """Held-out documents of at least the last stage's length in the proof; 0 turns it off."""
 
 
+class TelemetrySettings(Settings):
+    """What attention looks at, measured now and then on a few queries of one micro-batch."""
+
+    every: int = Field(default=100, ge=0)
+    """Steps between measurements; 0: none."""
+
+    rows: int = Field(default=16, ge=1)
+    """Queries to look at in each layer."""
+
+
 class TrackingSettings(Settings):
     """Where metrics go besides the terminal and events.jsonl."""
 
@@ -211,6 +221,7 @@ class RunSettings(Settings):
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @property

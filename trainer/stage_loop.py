@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..attention.probe import Probe
 from ..errors import RunError
 from .checkpoints import Cursor
 from .data.samples import Sample, TrainingSamples, join
@@ -28,6 +29,7 @@ class _Pending:
     lr: float
     begun: float
     cursor: Cursor
+    probe: Probe | None
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ class StageLoop:
             lr = learning_rate(self.stage.optimizer, cursor.stage_step, self.plan.steps)
             key = (self.run.seed, self.stage.name, cursor.stage_step)
             batches = self._micro_batches(cursor.next_sample)
-            sums = self.engine.train_step(batches, lr, self.stop.requested, key)
+            probe = self._probe(cursor.step + 1)
+            sums = self.engine.train_step(batches, lr, self.stop.requested, key, probe)
             if pending is not None:
                 self._report(pending, begun)
             cursor = self._after_step(cursor)
-            pending = _Pending(sums, lr, begun, cursor)
+            pending = _Pending(sums, lr, begun, cursor, probe)
             ended = cursor.stage_step == self.plan.steps
             save = cursor.step % self.run.checkpoint.every == 0
             every = self.run.evaluation.every
@@ -102,6 +105,13 @@ class StageLoop:
             if (save or self._stopping) and not ended:
                 self.save(cursor)
         return StageEnd(cursor, self._loss, self._stopping)
+
+    def _probe(self, step: int) -> Probe | None:
+        """What measures a step's attention, where it is due."""
+        settings = self.run.telemetry
+        if not settings.every or step % settings.every:
+            return None
+        return Probe(self.run.model.layers, settings.rows, self.engine.device)
 
     def _micro_batches(self, first: int) -> list[Sample]:
         """This data rank's micro-batches of the step whose sequences begin at `first`."""
@@ -149,5 +159,8 @@ class StageLoop:
                 lr=pending.lr,
                 tokens_per_s=tokens / seconds,
                 step_s=seconds,
+                losses=pending.sums.noted(),
             )
         )
+        if pending.probe is not None:
+            self.observer.observed(at.step, pending.probe.table())

@@ -14,9 +14,9 @@ from rich.console import Console
 TWO_STAGES = str(Path(__file__).parent / "two_stages.yaml")
 
 
-def rows(*overrides: str, machine: Machine) -> tuple[str, dict[str, list[str]]]:
+def rows(*overrides: str, machine: Machine, width: int = 120) -> tuple[str, dict[str, list[str]]]:
     """The whole text, and the table's cells by the name of their row."""
-    console = Console(width=120, highlight=False)
+    console = Console(width=width, highlight=False)
     with console.capture() as capture:
         console.print(outline(check_recipe(load_recipe(TWO_STAGES, overrides), machine)))
     text = capture.get()
@@ -34,6 +34,8 @@ def test_stages_as_columns():
     assert table["tokens per step"] == ["48K", "48K"]
     assert table["sequences per step"] == ["48", "12"]
     assert table["micro-batches"] == ["6 x 4 sequences", "12 x 1 sequence"]
+    assert table["attention"] == ["dense", "dense"]
+    assert table["added parameters"] == ["-", "-"]
     assert table["RoPE"] == ["base 10,000", "base 100,000"]
     assert table["learning rate"] == ["0.003 to 0, wsd", "0.001 to 1e-05, cosine"]
     assert table["layout"] == ["DP2", "CP2"]
@@ -60,6 +62,23 @@ def test_rope_in_words():
         "base 10,000, 50% of channels, none in layers 0, 3",
         "base 100,000, yarn x4 from 1,024 tokens",
     ]
+
+
+def test_attention_in_words():
+    nsa = "{mechanism: {kind: nsa}, layers: [{every: 2, mechanism: {kind: dense}}]}"
+    indexer = "{mechanism: {kind: indexer, heads: 1, dim: 8, count: 256}, output_gate: head}"
+    changes = [f"stages.0.attention={nsa}", f"stages.1.attention={indexer}",
+               "stages.1.trainable=selection", "stages.1.parallel.context=1"]  # fmt: skip
+    text, table = rows(*changes, machine=Machine(gpus=0, cores=2), width=240)
+    # Of 2 layers: 3 gates of 6 heads, and for 2 key-value heads an mlp for keys and one for values.
+    compressed = 2 * 2 * (32 * 32 * 64 + 64 * 32) + 2 * 32 * 32
+    assert 2 * (compressed + 3 * 6 * 192) == 551_680
+    assert table["attention"] == [
+        "nsa 16 x 64 of 32/16, window 512; dense in 2 of 4 layers",
+        "indexer 256 tokens; gate per head; trains the selection only",
+    ]
+    assert table["added parameters"] == ["552K", "17K"] and "2.36M parameters" in text
+    assert "warning: stage base: nsa never chooses" in text
 
 
 @pytest.mark.parametrize(

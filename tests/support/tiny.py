@@ -60,4 +60,4 @@ def random_sample(seed: int, length: int = LENGTH, documents: int = 3) -> Sample
     labels = torch.randint(0, VOCAB, (length,), generator=random)
     weights = torch.ones(length)
     weights[bounds[1:].long() - 1] = 0
-    return Sample(tokens, labels, weights, bounds)
+    return Sample(tokens, labels, weights, bounds, seed)

@@ -122,6 +122,9 @@ def _key(name: str) -> tuple[str, tuple[int, ...]]:
     if match is None:
         return name, ()
     layer, rest, expert = match.groups()
+    own, _, inner = rest.partition("self_attention.attention.")
+    if not own and inner:  # stored under the layer's own number, see SelfAttention
+        return f"decoder.layers.self_attention.attention.{layer}.{inner}", ()
     if expert is None:
         return f"decoder.layers.{rest}", (int(layer),)
     rest = rest.replace("mlp.experts.", "mlp.experts.experts.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,8 @@ def _engine(hf: HfModel, weights: Weights) -> Logits:
         bounds = torch.tensor([0, count], dtype=torch.int32)
         sample = Sample(tokens_T, torch.zeros_like(tokens_T), torch.ones(count), bounds)
         builder = engine.builder(count)
-        builder.length = count  # transformers picks LongRoPE's and dynamic NTK's by the text
+        # transformers picks LongRoPE's and dynamic NTK's by the text.
+        builder.rope = replace(builder.rope, length=count)
         with torch.no_grad():
             return engine.model.logits(builder(sample)).cpu()
 

@@ -43,17 +43,21 @@ class FolderWeights:
         self._check()
 
     def __call__(self, model: LongModel) -> None:
-        """Fill every parameter of a rank's part of a model, of any layout, a block at a time.
+        """Fill the parameters of a rank's part of a model, of any layout, a block at a time.
+
+        What the stage's attention adds to the model is not in the folder, and left alone.
 
         Raises:
             ConversionError: The model is another one, or the folder cannot be read.
         """
-        from ..engine.partition import global_names, place_of
+        from ..engine.partition import global_names, is_added, place_of
 
         self.check_model(model.settings, model.real_vocab)
         group = model.pg_collection.tp
         with torch.no_grad():
             for name, parameter in global_names(model):
+                if is_added(name):
+                    continue
                 place = place_of(parameter, name, group.rank(), group.size())
                 top = 0
                 for first, last in place.rows:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -14,6 +16,9 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ...attention.mechanism_settings import auxiliary_losses
+from ...attention.notes import Notes
+from ...attention.probe import Probe
 from ...attention.rope import Rope
 from ...parallel.exchange import make_exchange
 from ...parallel.layout import make_layout
@@ -68,7 +73,10 @@ class Engine:
             )
             self.chunk = DistributedDataParallel(self.config, ddp, self.model)
             self.chunk.broadcast_params()
-            self.optimizer = Optimizer(stage.optimizer, self.chunk)
+            frozen = stage.trainable == "selection"
+            self.optimizer = Optimizer(
+                stage.optimizer, self.chunk, _selects if frozen else lambda parameter: True
+            )
 
     @property
     def data_rank(self) -> int:
@@ -96,7 +104,12 @@ class Engine:
         return self._builders[tokens]
 
     def train_step(
-        self, samples: Sequence[Sample], lr: float, stop: bool, key: tuple[object, ...]
+        self,
+        samples: Sequence[Sample],
+        lr: float,
+        stop: bool,
+        key: tuple[object, ...],
+        probe: Probe | None = None,
     ) -> StepSums:
         """One optimizer step over this rank's micro-batches.
 
@@ -105,20 +118,53 @@ class Engine:
             lr: Learning rate.
             stop: Whether this rank was asked to stop; every rank learns of it.
             key: What the step's random numbers are drawn from.
+            probe: Measures the first micro-batch; afterwards it has the sums over all ranks.
         """
         assert self.optimizer is not None
         seed_step(self.groups, *key)
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        build = self.builder(self.tokens_per_batch)
-        reports = self._forward_backward(map(build, samples), len(samples), forward_only=False)
+        build, notes = self.builder(self.tokens_per_batch), Notes()
+        batches = (
+            replace(build(sample, notes), probe=None if number else probe)
+            for number, sample in enumerate(samples)
+        )
+        if self.stage.trainable == "selection":
+            reports = self._selection_only(batches, len(samples))
+        else:
+            reports = self._forward_backward(batches, len(samples), forward_only=False)
+        if probe is not None:
+            dist.all_reduce(probe.sums)
         zero = torch.zeros((), device=self.device)
         loss, tokens = zero, zero
         if self.reporting:
             loss = torch.stack([report[0] for report in reports]).sum()
             tokens = torch.stack([report[1] for report in reports]).sum()
         flag = torch.full((), float(stop), device=self.device)
-        return self.optimizer.step(lr, loss, tokens, flag)
+        return self.optimizer.step(lr, loss, tokens, flag, self._shares(notes))
+
+    @torch.no_grad()
+    def _selection_only(self, batches: Iterator[MicroBatch], count: int) -> list[Any]:
+        """Forward passes, in which indexers and gates learn by themselves; no backward."""
+        reports = self._forward_backward(batches, count, forward_only=True)
+        tokens = torch.zeros((), dtype=torch.int32, device=self.device)
+        for report in reports:
+            tokens += report[1].to(torch.int32)
+        finalize_model_grads([self.chunk], tokens, pg_collection=self.groups)
+        return reports
+
+    def _shares(self, notes: Notes) -> dict[str, torch.Tensor]:
+        """This rank's share of each note, so that a sum over all ranks counts everything once.
+
+        All ranks name the same ones, whatever layers they have.
+        """
+        first = self.groups.tp.rank() == 0
+        shares = {}
+        for name in auxiliary_losses(self.stage.attention, self.run.model.layers):
+            pair = notes.sums.get(name, torch.zeros(2, dtype=torch.float64, device=self.device))
+            counts = [float(first or name in notes.parts), float(first)]
+            shares[name] = pair * torch.tensor(counts, dtype=torch.float64, device=self.device)
+        return shares
 
     @torch.no_grad()
     def losses(self, sample: Sample) -> torch.Tensor | None:
@@ -152,6 +198,11 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _selects(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter belongs to what selects keys, and learns by a loss of its own."""
+    return bool(getattr(parameter, "selects", False))
 
 
 def _forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -37,12 +38,13 @@ def initialize(
     vocab: int,
     tp_rank: int,
     tp_size: int,
+    only: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Fill every parameter of this rank's part of the model in place.
+    """Fill parameters of this rank's part of the model in place.
 
     Matrices are normal with `init_std`; those that write into the residual stream are scaled by
-    1/sqrt(2 * layers) (GPT-2). Norm weights are one, biases zero. `init: induction` then changes
-    two heads.
+    1/sqrt(2 * layers) (GPT-2). Norm weights are one, biases zero, and what a mechanism adds starts
+    as it says. `init: induction` then changes two heads.
 
     Args:
         model: A rank's model chunk, not yet wrapped.
@@ -53,6 +55,7 @@ def initialize(
         vocab: Real vocabulary size; padding rows are zero.
         tp_rank: This rank within its tensor group.
         tp_size: Ranks of the tensor group.
+        only: The global names of those to fill.
     """
     start = None
     if settings.init == "induction":
@@ -60,8 +63,10 @@ def initialize(
         start = InductionStart(settings, rope, length, generator)
     with torch.no_grad():
         for name, parameter in global_names(model):
+            if not only(name):
+                continue
             place = place_of(parameter, name, tp_rank, tp_size)
-            full = _full(place.shape, name, settings, seed, vocab)
+            full = _full(place.shape, name, parameter, settings, seed, vocab)
             if start is not None:
                 start.fill(name, full)
             parameter.copy_(place.of(full))
@@ -73,9 +78,17 @@ def leave_empty(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _full(
-    shape: tuple[int, ...], name: str, settings: ModelSettings, seed: int, vocab: int
+    shape: tuple[int, ...],
+    name: str,
+    parameter: nn.Parameter,
+    settings: ModelSettings,
+    seed: int,
+    vocab: int,
 ) -> torch.Tensor:
     """The parameter's tensor over all tensor ranks."""
+    start = getattr(parameter, "start", None)
+    if start is not None:
+        return torch.full(shape, start)
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)
     std = settings.init_std
@@ -84,5 +97,5 @@ def _full(
     generator = torch.Generator().manual_seed(stable_seed(seed, name))
     full = torch.zeros(shape)
     rows = vocab if name.endswith(_VOCABULARY) else shape[0]
-    full[:rows] = torch.randn(rows, shape[1], generator=generator) * std
+    full[:rows] = torch.randn(rows, *shape[1:], generator=generator) * std
     return full

@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from ...attention.context import Context
 from ...attention.documents import Documents
 from ...attention.notes import Notes
+from ...attention.probe import Probe
 from ...attention.rope import Rope
 from ...kernels.blocks import Blocks
 from ...parallel.exchange import Exchange
@@ -38,6 +39,9 @@ class MicroBatch(PackedSeqParams):
     cache: KeyCache | None = None
     """What generation keeps of the tokens before these."""
 
+    probe: Probe | None = None
+    """Measures what layers look at, in the pass that learns."""
+
     def context(self, layer: int, *, training: bool, learns: bool, twice: bool) -> Context:
         """What a layer attends in.
 
@@ -54,6 +58,8 @@ class MicroBatch(PackedSeqParams):
             training=training,
             learns=learns,
             kept=self.kept.setdefault(layer, {}) if twice else None,
+            layer=layer,
+            probe=self.probe if learns else None,
         )
 
 
@@ -84,8 +90,8 @@ class BatchBuilder:
         self.exchange = exchange
         self.rope, self.device, self.seed = rope, device, seed
 
-    def __call__(self, sample: Sample) -> MicroBatch:
-        """The rank's part of `sample`."""
+    def __call__(self, sample: Sample, notes: Notes | None = None) -> MicroBatch:
+        """The rank's part of `sample`; what its layers note is added to `notes`."""
         index_T = self.index_T
         lengths = sample.cu_seqlens.diff().long()
         starts_T = torch.repeat_interleave(sample.cu_seqlens[:-1].long(), lengths)
@@ -103,7 +109,7 @@ class BatchBuilder:
             positions_T=positions_T,
             positions_S=positions_T,
             weights_T=weights_T,
-            notes=Notes(),
+            notes=notes or Notes(),
             draw=partial(_draw, *self.seed, sample.number),
         )
         return MicroBatch(

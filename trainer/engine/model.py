@@ -39,6 +39,7 @@ from .hooks import mend_router
 from .initialize import initialize, leave_empty
 from .microbatch import MicroBatch
 from .norm import RMSNorm
+from .partition import is_added
 from .self_attention import Given, SelfAttention
 
 _VOCAB_MULTIPLE = 8
@@ -147,13 +148,14 @@ def _block_spec(
 
 
 Weights = Callable[["LongModel"], None]
-"""Fills every parameter of a rank's part of the model in place."""
+"""Fills the parameters of a rank's part of the model in place, but for what attention adds."""
 
 
 class LongModel(GPTModel):
     """A decoder-only model that takes a MicroBatch and returns its loss, never its logits.
 
-    Its weights are drawn from the run's seed, unless `weights` brings them.
+    Its weights are drawn from the run's seed, unless `weights` brings them; what the stage's
+    attention adds to the model always is.
     """
 
     def __init__(
@@ -186,7 +188,6 @@ class LongModel(GPTModel):
                 setattr(parameter, "allreduce", False)  # noqa: B010
         if weights is not None:
             weights(self)
-            return
         initialize(
             self,
             run.model,
@@ -196,6 +197,7 @@ class LongModel(GPTModel):
             vocab=vocab,
             tp_rank=groups.tp.rank(),
             tp_size=groups.tp.size(),
+            only=(lambda name: True) if weights is None else is_added,
         )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ class StepSums:
         square_norm: Squared norm of the mean loss's gradient, before clipping.
         stop: How many ranks were asked to stop.
         skipped: 1.0 if the step was not applied because a gradient or the loss was not finite.
+        notes: Sums and weights of what layers noted, fp64 [2] by name.
     """
 
     loss: torch.Tensor
@@ -31,12 +34,22 @@ class StepSums:
     square_norm: torch.Tensor
     stop: torch.Tensor
     skipped: torch.Tensor
+    notes: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def on_host(self) -> dict[str, float]:
         """All sums as numbers; waits for the device."""
         names = ("loss", "tokens", "square_norm", "stop", "skipped")
         values = torch.stack([getattr(self, name).double() for name in names]).tolist()
         return dict(zip(names, values, strict=True))
+
+    def noted(self) -> dict[str, float]:
+        """The mean of each note, as numbers; waits for the device."""
+        return {name: total / weight for name, (total, weight) in self._pairs() if weight}
+
+    def _pairs(self) -> list[tuple[str, list[float]]]:
+        if not self.notes:
+            return []
+        return list(zip(self.notes, torch.stack(list(self.notes.values())).tolist(), strict=True))
 
 
 class Optimizer:
@@ -45,11 +58,22 @@ class Optimizer:
     A step makes one small all-reduce over the world, from which every rank learns the same global
     norm and whether anything was not finite; torch's fused AdamW takes the clip factor and the
     skip flag as device tensors, so that no rank waits for its device here.
+
+    Args:
+        settings: Of the stage.
+        model: The wrapped model.
+        learns: Which parameters learn. The others keep their values, moments and step counts, and
+            are in every checkpoint all the same.
     """
 
-    def __init__(self, settings: OptimizerSettings, model: DistributedDataParallel) -> None:
+    def __init__(
+        self,
+        settings: OptimizerSettings,
+        model: DistributedDataParallel,
+        learns: Callable[[torch.nn.Parameter], bool] = lambda parameter: True,
+    ) -> None:
         mend_optimizer()
-        self.settings = settings
+        self.settings, self._learns = settings, learns
         config = OptimizerConfig(
             optimizer="adam",
             # Every step sets the rate. megatron 0.19 tells parameter groups apart by these two and
@@ -71,6 +95,7 @@ class Optimizer:
         for part in self._parts:
             # Set after construction: megatron offers no way to ask for the fused kernel.
             part.optimizer._step_supports_amp_scaling = True
+        self._frozen = [main for model, main, _ in self._shards() if not learns(model)]
         self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -92,18 +117,42 @@ class Optimizer:
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
 
-    def own_steps(self) -> None:
+    def steps(self) -> dict[torch.nn.Parameter, int]:
+        """How often each parameter that this rank has a shard of was updated."""
+        shards = [(model, state["step"]) for model, _, state in self._shards() if state]
+        if not shards:
+            return {}
+        counts = torch.stack([step.float() for _, step in shards]).tolist()
+        return {model: int(n) for (model, _), n in zip(shards, counts, strict=True)}
+
+    def set_steps(self, count: Callable[[torch.nn.Parameter], int]) -> None:
         """Give every parameter a step count of its own.
 
         megatron's load puts one tensor in all of them, and each update then advances it once per
-        parameter (trap S1).
+        parameter (trap S1). And parameters are not equally old: some joined later, or stood still.
         """
-        for inner in (part.optimizer for part in self._parts):
-            for state in inner.state.values():
-                state["step"] = state["step"].clone()
+        for model, _, state in self._shards():
+            if state:
+                state["step"] = torch.full_like(state["step"], float(count(model)))
+
+    @contextmanager
+    def equal_steps(self) -> Iterator[None]:
+        """For as long as megatron looks at the state: it wants all step counts to be one."""
+        counts = self.steps()
+        most = max(counts.values(), default=0)
+        self.set_steps(lambda parameter: most)
+        try:
+            yield
+        finally:
+            self.set_steps(counts.__getitem__)
 
     def step(
-        self, lr: float, loss: torch.Tensor, tokens: torch.Tensor, stop: torch.Tensor
+        self,
+        lr: float,
+        loss: torch.Tensor,
+        tokens: torch.Tensor,
+        stop: torch.Tensor,
+        notes: dict[str, torch.Tensor],
     ) -> StepSums:
         """Apply the gradients of a finished forward-backward, unless one is not finite.
 
@@ -112,20 +161,25 @@ class Optimizer:
             loss: This rank's share of the weighted sum of losses, fp32 scalar on the device.
             tokens: Its share of the loss weights.
             stop: 1.0 if this rank was asked to stop.
+            notes: Its share of the sums and weights of notes, of the same names on all ranks.
 
         Returns:
             The global sums.
         """
         self.megatron.prepare_grads()
+        for main in self._frozen:
+            main.grad = None  # without one it is not updated, nor its moments
         local = torch.stack([x.double() for x in (loss, tokens, self._square_norm(), stop)])
+        local = torch.cat([local, *notes.values()])
         dist.all_reduce(local)
-        sums = local.float()
+        sums = local[:4].float()
         skipped = (~torch.isfinite(sums[0] + sums[2])).float()
         self._set_device_flags(sums[2].sqrt(), skipped)
         for group in self.megatron.param_groups:
             group["lr"] = lr * group["lr_mult"]
         self.megatron.step_with_ready_grads()
-        return StepSums(local[0], local[1], local[2], local[3], skipped)
+        noted = dict(zip(notes, local[4:].view(-1, 2), strict=True))
+        return StepSums(local[0], local[1], local[2], local[3], skipped, noted)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
@@ -150,6 +204,13 @@ class Optimizer:
         for part in self._parts:
             part.optimizer.grad_scale = divisor
             part.optimizer.found_inf = skipped
+
+    def _shards(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, dict[str, Any]]]:
+        """The model's parameters, this rank's main parts of them, and their state."""
+        for part in self._parts:
+            for model, (group, order) in part.model_param_group_index_map.items():
+                main = part.optimizer.param_groups[group]["params"][order]
+                yield model, main, part.optimizer.state[main]
 
     def _device(self) -> torch.device:
         return self.megatron.get_loss_scale().device

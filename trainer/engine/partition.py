@@ -19,7 +19,7 @@ class Place:
 
     Attributes:
         rows: Ranges `[first, last)` along dimension 0, in the order in which the rank holds them.
-        columns: Range along dimension 1; None where the tensor has one dimension.
+        columns: Range along dimension 1; None where that is whole in every layout.
         shape: Of the full tensor.
     """
 
@@ -59,6 +59,15 @@ def global_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
+ADDED = ".self_attention.attention."
+"""In the names of all parameters of mechanisms and gates, which no pretrained model has."""
+
+
+def is_added(name: str) -> bool:
+    """Whether the stage's attention adds a parameter to the model, by its global name."""
+    return ADDED in name
+
+
 def place_of(parameter: nn.Parameter, name: str, tp_rank: int, tp_size: int) -> Place:
     """Where a rank's parameter lies in the full tensor.
 
@@ -77,7 +86,7 @@ def place_of(parameter: nn.Parameter, name: str, tp_rank: int, tp_size: int) -> 
     here = parameter.shape[dim]
     first, last = here * tp_rank, here * (tp_rank + 1)
     rows: tuple[tuple[int, int], ...] = ((0, shape[0]),)
-    columns = (0, shape[1]) if len(shape) > 1 else None
+    columns = (0, shape[1]) if len(shape) == 2 else None
     if dim == 1:
         columns = (first, last)
     elif "linear_fc1" in name and tp_size > 1:  # gate and up are split each on its own

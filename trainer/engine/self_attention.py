@@ -26,7 +26,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.distributed import ProcessGroup
 
 from ...attention.layer import Attention
-from ...attention.mechanism_settings import AttentionSettings
+from ...attention.mechanism_settings import AttentionSettings, learns_by_itself
 from ...attention.site import Site
 from .initialize import leave_empty
 from .microbatch import MicroBatch
@@ -98,12 +98,13 @@ class SelfAttention(MegatronModule):
             self.q_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
             self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
         local = heads // pg_collection.tp.size()
+        mechanism = submodules.stage.of_layer(layer_number - 1, config.num_layers)
         self.attention = Attention(
             submodules.stage,
-            submodules.stage.of_layer(layer_number - 1, config.num_layers),
+            mechanism,
             self._site(submodules, layer_number - 1, local, pg_collection.tp),
         )
-        self._mark()
+        self._mark(learns_by_itself(mechanism))
 
     def forward(
         self, hidden_states: torch.Tensor, *, packed_seq_params: MicroBatch, **_: Any
@@ -140,13 +141,13 @@ class SelfAttention(MegatronModule):
 
         megatron stores equal layers as one tensor, but not every layer has the same attention.
         """
+        own = dict(self.attention.named_parameters())
+        split = {name: 0 for name, parameter in own.items() if getattr(parameter, "by_head")}  # noqa: B009
         attention = self._modules.pop("attention")
         try:
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         finally:
             self._modules["attention"] = attention
-        own = dict(attention.named_parameters())
-        split = {name: 0 for name, parameter in own.items() if parameter.by_head}
         at = f"{prefix}attention."
         stored = make_sharded_tensors_for_checkpoint(
             own, at, split, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"]
@@ -182,10 +183,11 @@ class SelfAttention(MegatronModule):
             shared=partial(copy_to_tensor_model_parallel_region, group=group),
         )
 
-    def _mark(self) -> None:
-        """Tell megatron which parameters are split over the tensor ranks."""
-        for parameter in self.attention.parameters():
-            split = bool(parameter.by_head)
+    def _mark(self, selects: bool) -> None:
+        """Tell megatron which parameters are split over the tensor ranks, and which select keys."""
+        for name, parameter in self.attention.named_parameters():
+            setattr(parameter, "selects", selects and name.startswith("mechanism."))  # noqa: B010
+            split = getattr(parameter, "by_head")  # noqa: B009
             set_tensor_model_parallel_attributes(parameter, split, 0, 1)
 
     def _gathered(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,10 @@ class Observer(Sink):
         """See `Sink`."""
         self._tell(lambda sink: sink.step(metrics))
 
+    def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.observed(step, layers))
+
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
         self._tell(lambda sink: sink.evaluated(name, step, values))
@@ -95,6 +99,10 @@ class EventSink(Sink):
     def step(self, metrics: StepMetrics) -> None:
         """Event `step`."""
         self._log.write("step", **asdict(metrics))
+
+    def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
+        """Event `attention`."""
+        self._log.write("attention", step=step, layers=list(layers))
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Event `evaluated`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class StepMetrics:
         lr: Learning rate of this step.
         tokens_per_s: Tokens of this step over its time, all ranks together.
         step_s: Seconds that the step took.
+        losses: Mean per token and layer of each loss that mechanisms add, before its weight.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepMetrics:
     lr: float
     tokens_per_s: float
     step_s: float
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class Sink:
@@ -54,6 +56,9 @@ class Sink:
 
     def step(self, metrics: StepMetrics) -> None:
         """An optimizer step is done."""
+
+    def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
+        """What each layer's attention looks at, measured in a step."""
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """An evaluation is done; the plain numbers in `values` are shown and tracked."""

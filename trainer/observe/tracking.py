@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -124,8 +124,18 @@ class Tracking(Sink):
         """Log under `train/`, with the axes `step` and `tokens`."""
         self._tokens = metrics.tokens
         fields = ("loss", "grad_norm", "lr", "tokens_per_s", "step_s")
-        values = {f"train/{field}": getattr(metrics, field) for field in fields}
+        values = {field: getattr(metrics, field) for field in fields} | dict(metrics.losses)
+        values = {f"train/{field}": value for field, value in values.items()}
         self._send("log", {"step": metrics.step, "tokens": metrics.tokens, **values})
+
+    def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
+        """Log under `attention/layer_<number>/`."""
+        named = {
+            f"attention/layer_{number}/{key}": value
+            for number, values in enumerate(layers)
+            for key, value in values.items()
+        }
+        self._send("log", {"step": step, "tokens": self._tokens, **named})
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Log the plain numbers under the evaluation's name."""

@@ -1,0 +1,32 @@
+"""Every mechanism through megatron's own schedule: all layouts compute what one rank computes."""
+
+import pytest
+from support.cases import train
+from support.mechanism_cases import MECHANISMS
+from support.tiny import tiny_run
+
+LAYOUTS = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "dp2": (2, {}),
+}
+
+
+def relative(found, expected):
+    """Largest relative difference over losses and norms."""
+    pairs = zip(found, expected, strict=True)
+    return max(abs(a - b) / abs(b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_every_layout_and_recompute_equal_one_rank(worlds, name):
+    run = tiny_run(stage__attention=MECHANISMS[name])
+    want = worlds(1).run(train, run)[0]
+    again = worlds(1).run(train, tiny_run(stage__attention=MECHANISMS[name], recompute="full"))[0]
+    assert relative(again, want) < 1e-6
+    for layout, (ranks, parallel) in LAYOUTS.items():
+        changed = tiny_run(stage__attention=MECHANISMS[name], stage__parallel=parallel)
+        found = worlds(ranks).run(train, changed)
+        assert all(result == found[0] for result in found), layout
+        assert relative(found[0], want) < 1e-5, (layout, found[0], want)
