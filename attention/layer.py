@@ -69,5 +69,5 @@ class Attention(nn.Module):
         """max(1, log(p) / log(start)) of each query, the p-th token of its document."""
         key = "growth", start
         return ctx.documents.once(
-            key, lambda: (torch.log(ctx.positions_T + 1.0) / math.log(start)).clamp(min=1.0)
+            key, lambda: ((ctx.positions_T + 1).double().log() / math.log(start)).clamp(min=1.0)
         )

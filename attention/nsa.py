@@ -17,6 +17,7 @@ from .compression import Compression
 from .context import Context
 from .documents import Documents
 from .mechanism_settings import NsaSettings
+from .probe import in_blocks
 from .site import Site
 
 
@@ -72,9 +73,12 @@ class Nsa(nn.Module):
         # A sink would take probability from the windows, and there is no token behind it to choose.
         compressed_THD, lse_TH = ctx.attend(q_THD, k_PGD, v_PGD, seen, sinks=False)
         blocks = ctx.choose("nsa", lambda: self._choose(q_THD, k_PGD, lse_TH, ctx))
+        ctx.look(q_THD, turned_SGD, in_blocks(blocks))
         chosen_THD, _ = ctx.attend(q_THD, turned_SGD, v_SGV, ctx.reach, blocks)
         near_THD, _ = ctx.attend(q_THD, *near, ctx.documents.reach(self.settings.window))
         gate_THB = self._gates(ctx.of_rows(hidden_SE))
+        for branch, name in enumerate(("compressed_gate", "selected_gate", "window_gate")):
+            ctx.measure(name, gate_THB[..., branch])
         compressed_TH1, chosen_TH1, near_TH1 = gate_THB.split(1, dim=-1)
         out_THD = compressed_THD * compressed_TH1
         return out_THD + chosen_THD * chosen_TH1 + near_THD * near_TH1

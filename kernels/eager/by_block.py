@@ -16,6 +16,7 @@ from ..blocks import Blocks
 from ..precision import finite
 from ..reach import Reach
 from ..scoring import Gradients, Scoring, delta
+from ..workspace import Workspace
 from .dense import ready
 from .visits import Visit, visits
 
@@ -33,11 +34,12 @@ def forward(
     # The sum of all weights and the largest score so far, which sums and weights are relative to.
     state_CTr2 = q_CTrD.new_zeros(*q_CTrD.shape[:3], 2)
     state_CTr2[..., 1] = float("-inf")
+    space = Workspace(k.dtype, k.device)
     for visit in visits(reach, blocks, q_CTrD, _most_rows(q_CTrD)):
-        at = _Rows(visit, count, k.shape[1])
+        at = _Rows(visit, count, k.shape[1], space)
         k_gBD, v_gBV = at.keys(k), at.keys(v)
-        scores_gXB, _ = _scores(at.rows(q_CTrD), k_gBD, visit, at, scoring)
-        state_gX2 = at.rows(state_CTr2)
+        scores_gXB, _ = _scores(at.rows("q", q_CTrD), k_gBD, visit, at, scoring)
+        state_gX2 = at.rows("state", state_CTr2)
         total_gX, before_gX = state_gX2.unbind(-1)
         top_gX = torch.maximum(before_gX, scores_gXB.amax(-1))
         # A bias may hide all that a row has seen so far.
@@ -47,7 +49,7 @@ def forward(
         total_gX.mul_(fade_gX).add_(weights_gXB.sum(-1))
         before_gX.copy_(top_gX)
         at.put(state_CTr2, state_gX2)
-        sums_gXV = at.rows(sums_CTrV).mul_(fade_gX.unsqueeze(-1))
+        sums_gXV = at.rows("sums", sums_CTrV).mul_(fade_gX.unsqueeze(-1))
         at.put(sums_CTrV, sums_gXV.baddbmm_(weights_gXB, v_gBV))
     total_CTr, top_CTr = state_CTr2.unbind(-1)
     lse_TH = _by_row(top_CTr + total_CTr.log())
@@ -80,15 +82,17 @@ def backward(
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     bias_SH = scoring.key_bias_SH
     dbias = None if bias_SH is None else k.new_zeros(bias_SH.shape)
+    space = Workspace(k.dtype, k.device)
     for visit in visits(reach, blocks, dq_CTrD, _most_rows(dq_CTrD)):
-        at = _Rows(visit, count, k.shape[1])
+        at = _Rows(visit, count, k.shape[1], space)
         k_gBD, v_gBV = at.keys(k), at.keys(v)
-        q_gXD, dout_gXV = at.rows(pair_CTrX).split(widths, -1)
-        lse_gX1, delta_gX1 = at.rows(state_CTr2).split(1, -1)
+        q_gXD, dout_gXV = at.rows("pair", pair_CTrX).split(widths, -1)
+        lse_gX1, delta_gX1 = at.rows("state", state_CTr2).split(1, -1)
         scores_gXB, slope_gXB = _scores(q_gXD, k_gBD, visit, at, scoring)
         weights_gXB = scores_gXB.sub_(lse_gX1).exp_()
         dv[visit.keys, at.groups] += (weights_gXB.mT @ dout_gXV).transpose(0, 1)
-        dscores_gXB = (dout_gXV @ v_gBV.mT).sub_(delta_gX1).mul_(weights_gXB)
+        dscores_gXB = at.product("dscores", dout_gXV, v_gBV)
+        dscores_gXB.sub_(delta_gX1).mul_(weights_gXB)
         if dbias is not None:
             per_head_gRB = dscores_gXB.unflatten(1, (len(visit.rows_M), -1)).sum(1)
             heads = at.heads(dbias.shape[1])
@@ -96,7 +100,7 @@ def backward(
         if slope_gXB is not None:
             dscores_gXB.mul_(slope_gXB)
         dk[visit.keys, at.groups] += (dscores_gXB.mT @ q_gXD).transpose(0, 1)
-        at.put(dq_CTrD, at.rows(dq_CTrD).baddbmm_(dscores_gXB, k_gBD))
+        at.put(dq_CTrD, at.rows("dq", dq_CTrD).baddbmm_(dscores_gXB, k_gBD))
     return Gradients(_by_row(dq_CTrD, scoring.scale), dk, dv, dkey_bias_SH=dbias)
 
 
@@ -105,10 +109,14 @@ def _most_rows(q_CTrD: Tensor) -> int:
 
 
 class _Rows:
-    """The rows of a visit, and the heads of its block head."""
+    """The rows of a visit, and the heads of its block head.
 
-    def __init__(self, visit: Visit, count: int, groups: int) -> None:
-        self.visit, self.count = visit, count
+    Whatever a visit needs lies where the visit before had it, still in the caches: fresh memory
+    comes from anywhere in the heap, which takes half as long again in a large process.
+    """
+
+    def __init__(self, visit: Visit, count: int, groups: int, space: Workspace) -> None:
+        self.visit, self.count, self.space = visit, count, space
         first = visit.block_head * groups // count
         self.groups = slice(first, first + max(1, groups // count))
 
@@ -121,13 +129,20 @@ class _Rows:
         """The block's keys or values, [g, B, D]."""
         return x_SGD[self.visit.keys, self.groups].transpose(0, 1)
 
-    def rows(self, x_CTr: Tensor) -> Tensor:
-        """A copy of the visit's rows, [g, X, ...]; free to write to."""
-        x_Mr = x_CTr[self.visit.block_head].index_select(0, self.visit.rows_M)
+    def rows(self, name: str, x_CTr: Tensor) -> Tensor:
+        """A copy of the visit's rows, [g, X, ...]; free to write to, until the next visit."""
+        x_Tr, rows_M = x_CTr[self.visit.block_head], self.visit.rows_M
+        x_Mr = self.space.take(name, len(rows_M), *x_Tr.shape[1:])
+        torch.index_select(x_Tr, 0, rows_M, out=x_Mr)
         groups = self.groups.stop - self.groups.start
         if groups == 1:
             return x_Mr.flatten(0, 1).unsqueeze(0)
         return x_Mr.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+    def product(self, name: str, x_gXD: Tensor, y_gBD: Tensor) -> Tensor:
+        """x y^T, [g, X, B], valid until the next visit."""
+        out = self.space.take(name, *x_gXD.shape[:2], y_gBD.shape[1])
+        return torch.bmm(x_gXD, y_gBD.mT, out=out)
 
     def put(self, x_CTr: Tensor, part_gX: Tensor) -> None:
         """Writes the visit's rows back."""
@@ -155,7 +170,7 @@ def _scores(
     q_gXD: Tensor, k_gBD: Tensor, visit: Visit, at: _Rows, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [g, X, B] of scaled queries, masked, and the slope of the cap (None without)."""
-    scores_gXB = q_gXD @ k_gBD.mT
+    scores_gXB = at.product("scores", q_gXD, k_gBD)
     slope_gXB = None
     if scoring.softcap is not None:
         scores_gXB.div_(scoring.softcap).tanh_()

@@ -192,7 +192,17 @@ def test_nothing_is_learned_or_noted_in_the_first_of_two_passes():
     assert not kept
 
 
-def test_what_the_layer_sees_of_itself_can_be_frozen():
+@pytest.mark.parametrize("settings", [DSA, MSA, CASES[1]])
+def test_its_loss_reaches_nothing_but_its_parameters(settings):
+    where = site()
+    layer, given = make(settings, where, sinks=True), inputs(TOKENS, where)
+    leaves = given.leaves()
+    layer(*leaves, context(CU, weights_T=WEIGHTS))
+    assert all(x is not None and bool(x.any()) for x in learned(layer))
+    assert layer.sink_H.grad is None and all(x.grad is None for x in leaves)
+
+
+def test_a_frozen_indexer_learns_nothing():
     where = site()
     layer, given = make(DSA, where), inputs(TOKENS, where)
     layer.requires_grad_(False)

@@ -377,7 +377,6 @@ def test_what_works_is_let_through(changes):
         ("{kind: indexer, attend: dense}", 2048, False),
         ("{kind: seer}", 4096, True),
         ("{kind: seer}", 4098, False),
-        ("{kind: seer, evaluate: dense}", 4096, False),
         ("{kind: seer, evaluate: threshold, threshold: 0.1}", 4096, False),
     ],
 )

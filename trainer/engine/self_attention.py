@@ -99,11 +99,8 @@ class SelfAttention(MegatronModule):
             self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
         local = heads // pg_collection.tp.size()
         mechanism = submodules.stage.of_layer(layer_number - 1, config.num_layers)
-        self.attention = Attention(
-            submodules.stage,
-            mechanism,
-            self._site(submodules, layer_number - 1, local, pg_collection.tp),
-        )
+        self.site = self._site(submodules, layer_number - 1, local, pg_collection.tp)
+        self.attention = Attention(submodules.stage, mechanism, self.site)
         self._mark(learns_by_itself(mechanism))
 
     def forward(
