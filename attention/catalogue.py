@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from .layer_settings import AttentionSettings
 from .mechanism_settings import (
-    AttentionSettings,
     IndexerSettings,
     InfllmV2Settings,
     MechanismSettings,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .layer_settings import AttentionSettings
 from .mechanism_settings import (
-    AttentionSettings,
     IndexerSettings,
     InfllmV2Settings,
     MechanismSettings,

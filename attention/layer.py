@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from .context import Context
 from .gating import OutputGate
+from .layer_settings import AttentionSettings
 from .mechanism import make_mechanism
-from .mechanism_settings import AttentionSettings, MechanismSettings
+from .mechanism_settings import MechanismSettings
 from .site import Site
 
 

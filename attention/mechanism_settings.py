@@ -100,14 +100,6 @@ class NsaSettings(Preset):
         forced = {"initial": 0, "local": 1}
         return {"fla": {**same, **forced, "encode_position": "none", "compress_after_rope": True}}
 
-    @model_validator(mode="after")
-    def _fits(self) -> NsaSettings:
-        if self.compress_length % self.compress_stride or self.block % self.compress_stride:
-            raise ValueError("compress_stride divides compress_length and block")
-        if self.initial + self.local > self.count:
-            raise ValueError("count includes the initial and local blocks")
-        return self
-
 
 class InfllmV2Settings(Preset):
     """InfLLM-V2 (arXiv 2509.24663): blocks chosen by pooled keys; no parameters of its own."""
@@ -145,12 +137,6 @@ class InfllmV2Settings(Preset):
     def presets(cls) -> dict[str, dict[str, Any]]:
         """The settings of each preset."""
         return {"minicpm4": {"count": 62, "local": 33}}
-
-    @model_validator(mode="after")
-    def _fits(self) -> InfllmV2Settings:
-        if self.compress_length % self.compress_stride or self.block % self.compress_stride:
-            raise ValueError("compress_stride divides compress_length and block")
-        return self
 
 
 class SsaSettings(Settings):
@@ -255,14 +241,6 @@ class SeerSettings(Settings):
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Least probability of a chosen block; with evaluate: threshold."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> SeerSettings:
-        if (self.threshold is None) == (self.evaluate == "threshold"):
-            raise ValueError("threshold goes with evaluate: threshold, and only with it")
-        if self.dim % 2:
-            raise ValueError("dim is even, as pairs of channels turn")
-        return self
-
 
 class HisaSettings(Settings):
     """HISA (arXiv 2603.28458): look for blocks by pooled index keys, then for keys in them."""
@@ -316,20 +294,6 @@ class IndexerSettings(Settings):
     hisa: HisaSettings | None = None
     """Choose tokens in two steps."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> IndexerSettings:
-        turning = int(self.dim * self.rotary_share)
-        if turning % 2 or not turning:
-            raise ValueError(f"rotary_share takes an even part of dim, not {turning} channels")
-        if self.local > self.count:
-            raise ValueError("count includes the local blocks")
-        hisa = self.hisa
-        if hisa is not None and (self.block > 1 or self.local):
-            raise ValueError("hisa chooses single tokens, none of them always: block: 1, local: 0")
-        if hisa is not None and hisa.block * hisa.budget < self.count:
-            raise ValueError("hisa searches at least count tokens: block times budget")
-        return self
-
 
 MechanismSettings = Annotated[
     DenseSettings
@@ -343,88 +307,6 @@ MechanismSettings = Annotated[
     | IndexerSettings,
     Field(discriminator="kind"),
 ]
-
-
-class LayerRule(Settings):
-    """Layers that have another mechanism than the others; exactly one way to name them."""
-
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers, from 0."""
-
-    every: int | None = Field(default=None, ge=2)
-    """Every n-th layer: with 4 layers 3, 7, 11, ..."""
-
-    first: int | None = Field(default=None, ge=1)
-    """So many layers from the first on."""
-
-    last: int | None = Field(default=None, ge=1)
-    """So many layers up to the last."""
-
-    mechanism: MechanismSettings
-
-    @model_validator(mode="after")
-    def _one_way(self) -> LayerRule:
-        ways = [way for way in (self.layers, self.every, self.first, self.last) if way is not None]
-        if len(ways) != 1:
-            raise ValueError("exactly one of layers, every, first and last")
-        return self
-
-    def names(self, layer: int, layers: int) -> bool:
-        """Whether the rule is about a layer.
-
-        Args:
-            layer: Counted from 0.
-            layers: Of the whole model.
-        """
-        if self.layers is not None:
-            return layer in self.layers
-        if self.every is not None:
-            return layer % self.every == self.every - 1
-        if self.first is not None:
-            return layer < self.first
-        return self.last is not None and layer >= layers - self.last
-
-
-class AttentionSettings(Settings):
-    """The attention of a stage's layers."""
-
-    mechanism: MechanismSettings = DenseSettings()
-    """Of all layers that no rule below names."""
-
-    layers: tuple[LayerRule, ...] = ()
-    """Layers with another mechanism; of several rules for a layer the last one holds."""
-
-    output_gate: Literal["none", "head", "channel"] = "none"
-    """The output times sigmoid(W x), before its projection: one gate per head, or per channel
-    (Qwen, arXiv 2505.06708)."""
-
-    sinks: bool = False
-    """A learned score per head with nothing behind it, so that a head may look at nothing."""
-
-    scale: float | None = Field(default=None, gt=0)
-    """Of the scores; left out: 1 / sqrt(head width)."""
-
-    log_scale_from: Length | None = Field(default=None, ge=2)
-    """Beyond this position queries grow with its logarithm, log(p) / log(this), so that attention
-    stays as sharp over more tokens (Su 2021; SSMax, arXiv 2501.19399)."""
-
-    def of_layer(self, layer: int, layers: int) -> MechanismSettings:
-        """The mechanism of a layer, counted from 0 over the whole model's `layers`."""
-        rules = [rule for rule in self.layers if rule.names(layer, layers)]
-        return rules[-1].mechanism if rules else self.mechanism
-
-    def mechanisms(self, layers: int) -> list[MechanismSettings]:
-        """The mechanisms of all layers."""
-        return [self.of_layer(layer, layers) for layer in range(layers)]
-
-
-_LOSSES = {"ssa": "alignment", "seer": "gate_loss", "indexer": "index_loss"}
-
-
-def auxiliary_losses(settings: AttentionSettings, layers: int) -> list[str]:
-    """Names of the losses that mechanisms add to that of the model, sorted."""
-    kinds = {mechanism.kind for mechanism in settings.mechanisms(layers)}
-    return sorted(name for kind, name in _LOSSES.items() if kind in kinds)
 
 
 def learns_by_itself(mechanism: MechanismSettings) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .layer_settings import AttentionSettings
 from .mechanism_settings import (
-    AttentionSettings,
     IndexerSettings,
     MechanismSettings,
     NsaSettings,

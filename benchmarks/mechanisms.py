@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from longspan.attention.layer import Attention
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.trainer.data.samples import Sample
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.settings import RunSettings

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..attention.catalogue import OVER_CONTEXT
-from ..attention.mechanism_settings import (
-    AttentionSettings,
-    DenseSettings,
-    LayerRule,
-    learns_by_itself,
-)
+from ..attention.layer_settings import AttentionSettings, LayerRule
+from ..attention.mechanism_settings import DenseSettings, learns_by_itself
 from ..errors import Problem
 from ..trainer.settings import ModelSettings, StageSettings
 from .check_mechanism import check_mechanism, warn_of_mechanism

@@ -7,13 +7,15 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch: threads that wait for each other are slow where others work as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 # Spawned ranks unpickle test functions by module name.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     # Settled when Triton is first imported, which any test file may do.
     os.environ["TRITON_INTERPRET"] = "1"

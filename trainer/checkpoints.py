@@ -93,14 +93,17 @@ def save(directory: Path, engine: Engine, cursor: Cursor, *, keep: int, info: An
     return target
 
 
-def load(checkpoint: Path, engine: Engine, *, optimizer: bool) -> None:
+def load(checkpoint: Path, engine: Engine, *, optimizer: bool) -> list[str]:
     """Load a checkpoint's weights and, if asked, the optimizer's state.
+
+    Returns:
+        Parameters of this rank that the stage's attention adds, and the checkpoint does not have.
 
     Raises:
         CheckpointError: If it cannot be read.
     """
     try:
-        load_engine(engine, checkpoint, optimizer=optimizer)
+        return load_engine(engine, checkpoint, optimizer=optimizer)
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}",

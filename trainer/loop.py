@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..attention.catalogue import words
 from ..cache import default_cache
 from . import checkpoints
 from .checkpoints import Cursor
@@ -105,7 +106,12 @@ class Run:
             inside = cursor.stage_step > 0
             if inside:
                 checkpoints.refuse_other_rope(newest, settings.rope)
-            checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
+            new = checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
+            if new:
+                self.observer.message(
+                    f"stage {settings.name} adds {len(new)} parameter tensors to those of "
+                    f"{newest.name}: they start from the seed, with moments of zero"
+                )
         return _Stage(cursor.stage, settings, corpus, engine)
 
     def _corpus(self, settings: StageSettings) -> Corpus:
@@ -157,6 +163,7 @@ class Run:
             "ranks": dist.get_world_size(),
             "parallel": stage.settings.parallel.model_dump(),
             "rope": stage.settings.rope.model_dump(mode="json"),
+            "attention": stage.settings.attention.model_dump(mode="json"),
             "model": self.run.model.model_dump(mode="json"),
             "vocab": stage.engine.model.real_vocab,
             "length": stage.settings.length,
@@ -258,6 +265,7 @@ class Run:
             "steps": plan.steps,
             "tokens_per_step": plan.sequences_per_step * settings.length,
             "rope": settings.rope.words,
+            "attention": words(settings.attention, self.run.model.layers),
             "parallel": parallel.model_dump() | {"data": plan.data},
             "parameters": stage.engine.parameters,
             "data": stage.corpus.info,

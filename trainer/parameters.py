@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..attention.mechanism_settings import AttentionSettings
+from ..attention.layer_settings import AttentionSettings
 from ..attention.parameters import LayerShape, added_parameters
 from .settings import ModelSettings
 

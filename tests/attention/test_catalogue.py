@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 from longspan.attention.catalogue import ENTRIES, OVER_CONTEXT, mechanism_words, words
-from longspan.attention.mechanism_settings import AttentionSettings, MechanismSettings
+from longspan.attention.layer_settings import AttentionSettings
+from longspan.attention.mechanism_settings import MechanismSettings
 from longspan.attention.parameters import LayerShape, added_parameters
 
 KINDS = [settings.model_fields["kind"].annotation for settings in

@@ -8,7 +8,7 @@ import pytest
 import torch
 from longspan.attention.catalogue import ENTRIES
 from longspan.attention.cost import Cost, attention_cost
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.pairs import budget, dense, visible_pairs, windows_seen
 from longspan.attention.parameters import LayerShape
 from longspan.parallel.exchange import Exchange, Local

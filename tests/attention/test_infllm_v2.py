@@ -5,7 +5,7 @@ import pytest
 import torch
 from longspan.attention import infllm_v2
 from longspan.attention.documents import Documents
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.probe import Probe
 from longspan.kernels.grid import Grid
 from longspan.kernels.reach import Reach

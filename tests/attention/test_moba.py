@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 from longspan.attention import moba
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.probe import Probe
 from longspan.kernels.grid import Grid
 from pydantic import ValidationError

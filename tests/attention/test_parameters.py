@@ -3,7 +3,7 @@
 import pytest
 from longspan.attention.catalogue import ENTRIES
 from longspan.attention.layer import Attention
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.parameters import LayerShape, added_parameters
 from longspan.trainer.parameters import active_parameters, attention_parameters, count_parameters
 from longspan.trainer.settings import ModelSettings

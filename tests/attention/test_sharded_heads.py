@@ -7,7 +7,7 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings as how
 from hypothesis import strategies as st
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.probe import Probe
 from longspan.attention.sharded_heads import ShardedHeads
 from longspan.attention.sharding import covered, residue

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from reference.ssa import naive_blocks, naive_streams
-from support.memory import peak_growth
 from support.mechanisms import context, gradients, inputs, make, positions_of, run, site, turned
+from support.memory import peak_growth
 from torch.nn.functional import smooth_l1_loss
 
 CU = [0, 1, 4, 9, 40, 77]
@@ -11,7 +11,7 @@ SCALE = 8**-0.5
 
 
 def twin(layer, given, cu, sparse, weights, settings=SSA):
-    """Output, gradients of everything, and the alignment's sum, all by automatic differentiation."""
+    """Output, gradients of everything and the alignment's sum, by automatic differentiation."""
     leaves = given.leaves()
     hidden, q, k, v = leaves
     gate = layer.mechanism.gate
@@ -26,7 +26,7 @@ def twin(layer, given, cu, sparse, weights, settings=SSA):
 
     align = distance(main, other.detach()) + distance(main.detach(), other)
     loss = (main * given.dout).sum() + settings["align"] / 2 * align  # the site has two layers
-    return main.detach(), gradients(loss, None, [*leaves, gate]), float(align)
+    return main.detach(), gradients(loss, None, [*leaves, gate]), float(align.detach())
 
 
 def draw(number):

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from pydantic import ValidationError
 from reference.window import naive_layer, naive_window
 from support.accuracy import assert_as_good_as

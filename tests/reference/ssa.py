@@ -3,6 +3,8 @@
 Shapes: T tokens, H query heads, G key-value heads, D head dim.
 """
 
+from itertools import pairwise
+
 import torch
 from reference.attention import naive_attend
 from torch import Tensor
@@ -13,7 +15,7 @@ def naive_blocks(q_THD: Tensor, k_TGD: Tensor, cu, block: int, count: int, scale
     tokens, groups = len(q_THD), k_TGD.shape[1]
     share = q_THD.shape[1] // groups
     seen_GTT = torch.zeros(groups, tokens, tokens, dtype=torch.bool)
-    for begin, end in zip(cu[:-1], cu[1:], strict=True):
+    for begin, end in pairwise(cu):
         whole = (end - begin) // block
         ends = [begin + block * (n + 1) for n in range(whole)]
         means = [k_TGD[stop - block : stop].detach().mean(0) for stop in ends]

@@ -7,7 +7,7 @@ import torch
 from longspan.attention.context import Context
 from longspan.attention.documents import Documents
 from longspan.attention.layer import Attention
-from longspan.attention.mechanism_settings import AttentionSettings
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.notes import Notes
 from longspan.attention.rope import Rope, RotaryTable
 from longspan.attention.settings import RopeSettings

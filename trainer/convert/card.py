@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from ...attention.catalogue import words
 from ..data.settings import DataSettings, StdlibSource
 from ..observe.events import read_events
 from ..plan import plan_stage
@@ -45,7 +46,7 @@ Trained with longspan {environment.get("longspan", "")} from {start}: recipe
 
 ## Stages
 
-{_table(("stage", "length", "tokens", "RoPE", "learning rate", "layout"), stages)}
+{_table(("stage", "length", "tokens", "attention", "RoPE", "learning rate", "layout"), stages)}
 
 ## Data
 
@@ -78,8 +79,9 @@ def _stages(run: RunSettings, tokens: int, ranks: int) -> list[tuple[str, ...]]:
         trained = f"{done:,}" if done == planned else f"{done:,} of {planned:,}"
         optimizer = stage.optimizer
         rate = f"{optimizer.lr:g}, {optimizer.schedule}"
-        row = (stage.name, f"{stage.length:,}", trained, stage.rope.words, rate, _layout(stage))
-        rows.append(row)
+        attention = words(stage.attention, run.model.layers)
+        row = (stage.name, f"{stage.length:,}", trained, attention, stage.rope.words, rate)
+        rows.append((*row, _layout(stage)))
     return rows
 
 

@@ -11,6 +11,7 @@ from ...errors import CheckpointError
 from ..data.tokenizer import TextTokenizer
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings
+from .attention import exported_attention
 from .card import model_card
 from .companions import copy_companions
 from .convert import checkpoint_model, export_checkpoint
@@ -22,11 +23,12 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote, and from where."""
+    """What `export` wrote, from where, and what is to be said of its attention."""
 
     checkpoint: Path
     model: HfModel
     companions: tuple[str, ...]
+    attention: str | None
 
 
 def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
@@ -44,6 +46,8 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
     """
     directory, checkpoint = _find(what)
     run = directory.load_settings()
+    stage = json.loads((checkpoint / _STATE).read_text("utf-8"))["cursor"]["stage"]
+    attention = exported_attention(run.stages[stage].attention, run.model.layers)
     hf = _with_history(checkpoint_model(checkpoint), directory, run)
     companions: list[str] = []
 
@@ -53,7 +57,7 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
         write_atomically(folder / "README.md", card)
 
     written = export_checkpoint(checkpoint, out, hf=hf, dtype=dtype, add_files=add_files)
-    return Exported(checkpoint, written, tuple(companions))
+    return Exported(checkpoint, written, tuple(companions), attention)
 
 
 def _find(what: Path) -> tuple[RunDirectory, Path]:

@@ -53,6 +53,7 @@ def export_model(
         f"exported {done.checkpoint.name} of {what} to {out}",
         *_about(done.model),
         f"with: {', '.join(('README.md', *done.companions))}",
+        *([done.attention] if done.attention else []),
     ]
     if not verify:
         return Report(tuple(lines))

@@ -16,7 +16,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from ...attention.mechanism_settings import auxiliary_losses
+from ...attention.layer_settings import auxiliary_losses
 from ...attention.notes import Notes
 from ...attention.probe import Probe
 from ...attention.rope import Rope
@@ -86,7 +86,7 @@ class Engine:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model; vocabulary padding not counted."""
-        return count_parameters(self.run.model, self.model.real_vocab)
+        return count_parameters(self.run.model, self.model.real_vocab, self.stage.attention)
 
     def builder(self, tokens: int) -> BatchBuilder:
         """The builder of micro-batches of `tokens` tokens."""

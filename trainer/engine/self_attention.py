@@ -26,7 +26,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.distributed import ProcessGroup
 
 from ...attention.layer import Attention
-from ...attention.mechanism_settings import AttentionSettings, learns_by_itself
+from ...attention.layer_settings import AttentionSettings
+from ...attention.mechanism_settings import learns_by_itself
 from ...attention.site import Site
 from .initialize import leave_empty
 from .microbatch import MicroBatch
@@ -69,9 +70,23 @@ class SelfAttention(MegatronModule):
         assert groups is not None and width is not None
         self.head_width = width
         self.heads_per_group = heads // groups
+        self._project(config, heads, groups, width)
+        # megatron sums the gradients of parameters with these names over the tensor ranks.
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm:
+            self.q_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
+            self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
+        local = heads // pg_collection.tp.size()
+        mechanism = submodules.stage.of_layer(layer_number - 1, config.num_layers)
+        self.site = self._site(submodules, layer_number - 1, local, pg_collection.tp)
+        self.attention = Attention(submodules.stage, mechanism, self.site)
+        self._mark(learns_by_itself(mechanism))
+
+    def _project(self, config: TransformerConfig, heads: int, groups: int, width: int) -> None:
+        """Make the projections to queries, keys and values, and of the output."""
         shared: dict[str, Any] = {
             "config": config,
-            "tp_group": pg_collection.tp,
+            "tp_group": self.tp_group,
             "is_expert": False,
         }
         self.linear_qkv = ColumnParallelLinear(
@@ -92,16 +107,6 @@ class SelfAttention(MegatronModule):
             skip_bias_add=True,
             **shared,
         )
-        # megatron sums the gradients of parameters with these names over the tensor ranks.
-        self.q_layernorm = self.k_layernorm = None
-        if config.qk_layernorm:
-            self.q_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
-            self.k_layernorm = RMSNorm(config, width, config.layernorm_epsilon)
-        local = heads // pg_collection.tp.size()
-        mechanism = submodules.stage.of_layer(layer_number - 1, config.num_layers)
-        self.site = self._site(submodules, layer_number - 1, local, pg_collection.tp)
-        self.attention = Attention(submodules.stage, mechanism, self.site)
-        self._mark(learns_by_itself(mechanism))
 
     def forward(
         self, hidden_states: torch.Tensor, *, packed_seq_params: MicroBatch, **_: Any

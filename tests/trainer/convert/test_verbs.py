@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.settings import RopeSettings
 from longspan.errors import ConversionError
+from longspan.trainer.convert.attention import exported_attention
 from longspan.trainer.convert.families import family_for
 from longspan.trainer.convert.hf_config import read_config
 from longspan.trainer.convert.parity import compare, report
@@ -84,7 +86,7 @@ def test_a_run_starts_from_the_weights_and_its_export_is_what_it_trained(home, t
     assert config["rope_parameters"]["rope_theta"] == 50000
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (128, 0)
     card = (home / "out" / "README.md").read_text()
-    for part in ("recipe\n`mine`", "| long | 128 | 512 | base 50,000", "python-stdlib", "attempt"):
+    for part in ("recipe\n`mine`", "| long | 128 | 512 | dense | base 50,000", "python-stdlib", "attempt"):
         assert part in card
     tokens_T = torch.arange(20)
     difference = their_logits(home / "out", tokens_T) - their_logits(home / "hf", tokens_T)
@@ -216,3 +218,18 @@ def test_two_sets_of_weights_are_refused(tmp_path):
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConversionError, match="has both"):
         FolderWeights(tmp_path / "hf")
+
+
+def attention(**changes):
+    return AttentionSettings.model_validate(changes)
+
+
+def test_attention_that_transformers_does_not_have_is_refused_or_told():
+    assert exported_attention(attention(), 4) is None
+    moba = attention(mechanism={"kind": "moba"})
+    assert exported_attention(moba, 4) == "trained with moba 3 x 512; transformers attends densely"
+    seer = exported_attention(attention(mechanism={"kind": "seer"}), 4)
+    assert seer.endswith("and what selects keys is not exported")
+    changes = {"output_gate": "head", "sinks": True, "log_scale_from": 64}
+    with pytest.raises(ConversionError, match="nsa, output_gate head, sinks, log_scale_from"):
+        exported_attention(attention(mechanism={"kind": "nsa"}, **changes), 4)
