@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+
 from ..attention.cost import attention_cost
 from .parameters import active_parameters, layer_shape
 from .settings import ModelSettings, StageSettings
@@ -31,3 +34,31 @@ def training_flops(
         for mechanism in dict.fromkeys(of_layers)
     )
     return (2 if frozen else 6) * active_parameters(model, vocab) + attention / tokens
+
+
+class FlopsCounter:
+    """FLOPs that the model needs for documents, each length counted once.
+
+    Args:
+        model: The model.
+        stage: The stage.
+        vocab: Tokens of the vocabulary.
+    """
+
+    def __init__(self, model: ModelSettings, stage: StageSettings, vocab: int) -> None:
+        self._of_length = lru_cache(maxsize=2**14)(
+            lambda tokens: tokens * training_flops(model, stage, vocab, tokens)
+        )
+
+    def __call__(self, lengths: Iterable[int]) -> float:
+        """FLOPs of training on documents of these lengths."""
+        return sum(map(self._of_length, lengths))
+
+
+_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
+"""Dense bf16 products per second, from NVIDIA's data sheets."""
+
+
+def peak_flops(name: str) -> float | None:
+    """What a GPU could do at most in bf16, by its name; None where that is not known."""
+    return next((peak for gpu, peak in _PEAKS.items() if gpu in name), None)

@@ -14,6 +14,7 @@ from .data.samples import Sample, TrainingSamples, join
 from .engine.engine import Engine
 from .engine.optimizer import StepSums
 from .engine.schedule import learning_rate
+from .flops import FlopsCounter
 from .observe.observer import Observer
 from .observe.sink import StepMetrics
 from .plan import StagePlan
@@ -75,6 +76,8 @@ class StageLoop:
         self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
         self.save, self.evaluate = save, evaluate
         self._loss, self._stopping = math.nan, False
+        self._count = FlopsCounter(run.model, stage, engine.model.real_vocab)
+        self._peak = engine.peak_flops
 
     def train(self, cursor: Cursor) -> StageEnd:
         """Train from `cursor` to the end of the stage, or until a stop is agreed and saved.
@@ -113,6 +116,12 @@ class StageLoop:
             return None
         return Probe(self.run.model.layers, settings.rows, self.engine.device)
 
+    def _flops(self, after: Cursor) -> float:
+        """What the model needs for the documents of the step that ended at a cursor."""
+        first = after.next_sample - self.plan.sequences_per_step
+        packed = (self.samples.packing[number] for number in range(first, after.next_sample))
+        return self._count(piece.length for pieces in packed for piece in pieces)
+
     def _micro_batches(self, first: int) -> list[Sample]:
         """This data rank's micro-batches of the step whose sequences begin at `first`."""
         width, data = self.stage.micro_batch, self.plan.data
@@ -144,7 +153,7 @@ class StageLoop:
             )
         self._loss = sums["loss"] / sums["tokens"]
         self._stopping = self._stopping or sums["stop"] > 0
-        seconds = ended - pending.begun
+        seconds, flops = ended - pending.begun, self._flops(at)
         tokens = self.plan.sequences_per_step * self.stage.length
         self.observer.step(
             StepMetrics(
@@ -160,6 +169,8 @@ class StageLoop:
                 tokens_per_s=tokens / seconds,
                 step_s=seconds,
                 losses=pending.sums.noted(),
+                tflops_per_s=flops / seconds / 1e12,
+                mfu=None if self._peak is None else flops / seconds / self._peak,
             )
         )
         if pending.probe is not None:

@@ -2,7 +2,7 @@
 
 import pytest
 from longspan.attention.cost import attention_cost
-from longspan.trainer.flops import training_flops
+from longspan.trainer.flops import FlopsCounter, peak_flops, training_flops
 from longspan.trainer.parameters import active_parameters, count_parameters, layer_shape
 from longspan.trainer.settings import ModelSettings, StageSettings
 
@@ -44,3 +44,15 @@ def test_layers_that_differ_and_a_selection_that_learns_alone():
         sums = sum(part.training(frozen=frozen) for part in parts) / 128
         found = training_flops(MODEL, here, VOCAB)
         assert found == pytest.approx(times * active_parameters(MODEL, VOCAB) + sums)
+
+
+def test_documents_of_a_step_are_counted_one_by_one():
+    count = FlopsCounter(MODEL, stage(), VOCAB)
+    want = sum(n * training_flops(MODEL, stage(), VOCAB, n) for n in (5, 7, 5))
+    assert count([5, 7, 5]) == pytest.approx(want)
+    assert count([17]) > want  # one long document has more pairs
+
+
+def test_peaks_are_known_by_name():
+    assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 80GB HBM3")
+    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("something else") is None

@@ -24,6 +24,7 @@ from ...parallel.exchange import make_exchange
 from ...parallel.layout import make_layout
 from ...parallel.transport import DistributedTransport
 from ..data.samples import Sample
+from ..flops import peak_flops
 from ..parameters import count_parameters
 from ..platform import device
 from ..settings import RunSettings, StageSettings
@@ -87,6 +88,14 @@ class Engine:
     def parameters(self) -> int:
         """Parameters of the whole model; vocabulary padding not counted."""
         return count_parameters(self.run.model, self.model.real_vocab, self.stage.attention)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """What the GPUs of all ranks could do at most; None on a CPU, or where it is not known."""
+        if self.device.type != "cuda" or self.run.precision != "bf16":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.device))
+        return None if peak is None else peak * dist.get_world_size()
 
     def builder(self, tokens: int) -> BatchBuilder:
         """The builder of micro-batches of `tokens` tokens."""

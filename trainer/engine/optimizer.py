@@ -73,7 +73,7 @@ class Optimizer:
         learns: Callable[[torch.nn.Parameter], bool] = lambda parameter: True,
     ) -> None:
         mend_optimizer()
-        self.settings, self._learns = settings, learns
+        self.settings = settings
         config = OptimizerConfig(
             optimizer="adam",
             # Every step sets the rate. megatron 0.19 tells parameter groups apart by these two and
@@ -95,7 +95,7 @@ class Optimizer:
         for part in self._parts:
             # Set after construction: megatron offers no way to ask for the fused kernel.
             part.optimizer._step_supports_amp_scaling = True
-        self._frozen = [main for model, main, _ in self._shards() if not learns(model)]
+        self._frozen = {id(main) for model, main, _ in self._shards() if not learns(model)}
         self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -167,8 +167,6 @@ class Optimizer:
             The global sums.
         """
         self.megatron.prepare_grads()
-        for main in self._frozen:
-            main.grad = None  # without one it is not updated, nor its moments
         local = torch.stack([x.double() for x in (loss, tokens, self._square_norm(), stop)])
         local = torch.cat([local, *notes.values()])
         dist.all_reduce(local)
@@ -177,7 +175,8 @@ class Optimizer:
         self._set_device_flags(sums[2].sqrt(), skipped)
         for group in self.megatron.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        self.megatron.step_with_ready_grads()
+        with self._only_what_learns():
+            self.megatron.step_with_ready_grads()
         noted = dict(zip(notes, local[4:].view(-1, 2), strict=True))
         return StepSums(local[0], local[1], local[2], local[3], skipped, noted)
 
@@ -211,6 +210,22 @@ class Optimizer:
             for model, (group, order) in part.model_param_group_index_map.items():
                 main = part.optimizer.param_groups[group]["params"][order]
                 yield model, main, part.optimizer.state[main]
+
+    @contextmanager
+    def _only_what_learns(self) -> Iterator[None]:
+        """Leaves the others out of the update: values, moments and step counts."""
+        if not self._frozen:
+            yield
+            return
+        groups = [group for part in self._parts for group in part.optimizer.param_groups]
+        whole = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = [main for main in group["params"] if id(main) not in self._frozen]
+        try:
+            yield
+        finally:
+            for group, params in zip(groups, whole, strict=True):
+                group["params"] = params
 
     def _device(self) -> torch.device:
         return self.megatron.get_loss_scale().device

@@ -25,6 +25,9 @@ class StepMetrics:
         tokens_per_s: Tokens of this step over its time, all ranks together.
         step_s: Seconds that the step took.
         losses: Mean per token and layer of each loss that mechanisms add, before its weight.
+        tflops_per_s: 10^12 operations that the model needs for the step's documents (nothing that
+            is computed again), over its time, all ranks together.
+        mfu: Their share of what the GPUs could do at most; None where that is not known.
     """
 
     step: int
@@ -39,6 +42,8 @@ class StepMetrics:
     tokens_per_s: float
     step_s: float
     losses: Mapping[str, float] = field(default_factory=dict)
+    tflops_per_s: float = 0.0
+    mfu: float | None = None
 
 
 class Sink:

@@ -123,7 +123,8 @@ class Tracking(Sink):
     def step(self, metrics: StepMetrics) -> None:
         """Log under `train/`, with the axes `step` and `tokens`."""
         self._tokens = metrics.tokens
-        fields = ("loss", "grad_norm", "lr", "tokens_per_s", "step_s")
+        fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "tflops_per_s"]
+        fields += ["mfu"] if metrics.mfu is not None else []
         values = {field: getattr(metrics, field) for field in fields} | dict(metrics.losses)
         values = {f"train/{field}": value for field, value in values.items()}
         self._send("log", {"step": metrics.step, "tokens": metrics.tokens, **values})

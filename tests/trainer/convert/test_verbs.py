@@ -86,7 +86,12 @@ def test_a_run_starts_from_the_weights_and_its_export_is_what_it_trained(home, t
     assert config["rope_parameters"]["rope_theta"] == 50000
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (128, 0)
     card = (home / "out" / "README.md").read_text()
-    for part in ("recipe\n`mine`", "| long | 128 | 512 | dense | base 50,000", "python-stdlib", "attempt"):
+    for part in (
+        "recipe\n`mine`",
+        "| long | 128 | 512 | dense | base 50,000",
+        "python-stdlib",
+        "attempt",
+    ):
         assert part in card
     tokens_T = torch.arange(20)
     difference = their_logits(home / "out", tokens_T) - their_logits(home / "hf", tokens_T)
