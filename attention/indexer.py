@@ -20,6 +20,7 @@ from ..kernels.precision import wide
 from .context import Context
 from .learning import learn, map_to_learn
 from .mechanism_settings import IndexerSettings
+from .probe import in_blocks
 from .site import Site
 
 EPSILON = 1e-6
@@ -69,6 +70,9 @@ class Indexer(nn.Module):
                 "index", lambda: self._choose(index or self._index(hidden_SE, ctx), ctx)
             )
         q_THD, k_SGD = ctx.turn_queries(q_THD), ctx.turn_keys(k_SGD)
+        if ctx.probe is not None and index is not None:
+            # In a warm-up too: what it would choose.
+            ctx.look(q_THD, k_SGD, in_blocks(blocks or self._choose(index, ctx)))
         out_THV, lse_TH = ctx.attend(q_THD, k_SGD, v_SGV, ctx.reach, blocks)
         if index is not None:
             self._learn(index, q_THD, k_SGD, lse_TH, blocks, ctx)

@@ -30,6 +30,7 @@ from .context import Context
 from .documents import Documents
 from .learning import learn, map_to_learn
 from .mechanism_settings import SeerSettings
+from .probe import in_blocks
 from .site import Site
 
 # Numbers of one temporary while probabilities are compared with the threshold.
@@ -79,7 +80,10 @@ class Seer(nn.Module):
             blocks = ctx.choose("gate", lambda: self._choose(self._gate(q_THD, k_SGD, ctx), ctx))
         out_THV, lse_TH = ctx.attend(*turned, v_SGV, ctx.reach, blocks)
         if ctx.learns:
-            self._learn(self._gate(q_THD, k_SGD, ctx), *turned, lse_TH, ctx)
+            gate = self._gate(q_THD, k_SGD, ctx)
+            self._learn(gate, *turned, lse_TH, ctx)
+            if ctx.probe is not None:  # what it would choose in an evaluation
+                ctx.look(*turned, in_blocks(self._choose(gate, ctx)))
         return out_THV
 
     def _gate(self, q_THD: Tensor, k_SGD: Tensor, ctx: Context) -> Gate:

@@ -44,7 +44,14 @@ STAGE = """\
 {attention}"""
 
 DENSE: dict[str, Any] = {"kind": "dense"}
-INDEXER: dict[str, Any] = {"kind": "indexer", "count": 512, "heads": 4, "dim": 16}
+INDEXER: dict[str, Any] = {
+    "kind": "indexer",
+    "block": 32,
+    "count": 16,
+    "local": 1,
+    "heads": 4,
+    "dim": 16,
+}
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "window": {"kind": "window", "window": 512, "first": 4},

@@ -77,3 +77,25 @@ def test_ssa_and_gates_are_measured():
     probe = Probe(1, 4, CPU)
     run(make({"kind": "dense"}, where, output_gate="head"), given, context(CU, probe=probe))
     assert set(probe.table()[0]) == {"entropy", "sink_share", "gate"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "indexer", "count": 3, "heads": 2, "dim": 4},
+        {"kind": "indexer", "count": 3, "heads": 2, "dim": 4, "attend": "dense"},
+        {"kind": "seer", "block": 4, "dim": 4, "count": 3},
+        {"kind": "seer", "block": 4, "dim": 4, "count": 3, "form": "block"},
+        {"kind": "nsa", "block": 4, "count": 3, "compress_length": 4, "compress_stride": 2},
+        {"kind": "moba", "block": 4, "count": 3},
+        {"kind": "sharded_heads", "block": 4, "local": 1, "stride": 2},
+        {"kind": "infllm_v2", "block": 4, "count": 1, "local": 1, "dense_below": 0},
+    ],
+    ids=lambda settings: settings["kind"],
+)
+def test_every_mechanism_tells_what_it_keeps(settings):
+    """Also while it learns with dense attention: what it would choose."""
+    where, probe = site(), Probe(1, 40, CPU)
+    run(make(settings, where), inputs(40, where), context(CU, probe=probe))
+    found = probe.table()[0]
+    assert 0 < found["recall"] < 1 and 0 < found["kept"] < 1 and found["entropy"] > 0
