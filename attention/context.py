@@ -7,7 +7,7 @@ queries are the last tokens), H query heads, G key-value heads, D key dim, V val
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ class Context:
             chosen: Which keys a row sees, such as `in_blocks(blocks)`; None for all in reach.
         """
         if self.probe is not None:
-            how = self.reach, self.scale_of(q_THD), self.sink_H, chosen
+            how = self.reach, self.scale_of(q_THD), self.sink_H, chosen, self.weights_T
             self.probe.look(self.layer, q_THD, k_SGD, *how)
 
     def measure(self, measure: str, value: Tensor) -> None:
@@ -159,5 +159,5 @@ class Context:
             return self.kept.pop(name)
         blocks = make()
         if not torch.is_grad_enabled():
-            self.kept[name] = blocks
+            self.kept[name] = replace(blocks)  # without what attention made of it and caches
         return blocks

@@ -33,13 +33,20 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.scale, self.log_scale_from = settings.scale, settings.log_scale_from
-        self.mechanism = make_mechanism(mechanism, site)
+        # Under its own name, as that is in the names of its parameters in a checkpoint.
+        self.kind = mechanism.kind
+        self.add_module(self.kind, make_mechanism(mechanism, site))
         gate = settings.output_gate
         self.gate = None if gate == "none" else OutputGate(gate, site)
         # A score of 0 is that of a key that is orthogonal to all queries.
         self.sink_H = (
             site.parameter(site.heads, start=0.0, by_head=True) if settings.sinks else None
         )
+
+    @property
+    def mechanism(self) -> nn.Module:
+        """The mechanism."""
+        return self.get_submodule(self.kind)
 
     @property
     def needs_hidden(self) -> bool:

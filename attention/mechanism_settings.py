@@ -53,8 +53,7 @@ class NsaSettings(Preset):
 
     kind: Literal["nsa"]
     preset: Literal["fla"] | None = None
-    """fla: compression blocks that are the selection blocks, means of keys that have turned, only
-    the own block forced."""
+    """fla: what flash-linear-attention computes, whose compressed blocks are those to choose."""
 
     block: int = Field(default=64, ge=1)
     """Tokens of a selection block; a multiple of compress_stride."""
@@ -97,7 +96,7 @@ class NsaSettings(Preset):
     def presets(cls) -> dict[str, dict[str, Any]]:
         """The settings of each preset."""
         same = {"block": 64, "compress_length": 64, "compress_stride": 64, "compress": "mean"}
-        forced = {"initial": 0, "local": 1}
+        forced = {"initial": 1, "local": 2}
         return {"fla": {**same, **forced, "encode_position": "none", "compress_after_rope": True}}
 
 
@@ -257,7 +256,8 @@ class HisaSettings(Settings):
 
 class IndexerSettings(Settings):
     """A trained indexer: by tokens for all heads (DSA, arXiv 2512.02556), or by blocks for each
-    key-value head (MSA, arXiv 2606.13392). Its loss does not reach the model, nor the model's it.
+    key-value head (MSA, arXiv 2606.13392). The gradients of the two losses do not meet, but in the
+    norm that both are clipped by.
     """
 
     kind: Literal["indexer"]

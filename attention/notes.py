@@ -9,14 +9,25 @@ from torch import Tensor
 class Notes:
     """Sums and their weights by name, over layers and micro-batches; waits for no device.
 
-    Attributes:
-        sums: Per name the sum and the weight, fp64 [2].
-        parts: Names whose sums are this tensor rank's parts; the others are the same on all.
+    A sum may have terms that are the same on all tensor ranks, and terms that are this rank's part.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.parts: set[str] = set()
+        self._shared: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Per name the sum and the weight as this rank knows them, fp64 [2]."""
+        known = dict(self._shared)
+        for name, pair in self._parts.items():
+            known[name] = known[name] + pair if name in known else pair
+        return known
+
+    @property
+    def parts(self) -> set[str]:
+        """Names of sums that have parts."""
+        return set(self._parts)
 
     def add(self, name: str, total: Tensor, weight: Tensor | float, *, part: bool = False) -> None:
         """Add to a sum.
@@ -29,12 +40,21 @@ class Notes:
         """
         weight = torch.as_tensor(weight, device=total.device)
         pair = torch.stack([total.detach().double(), weight.detach().double()])
-        held = self.sums.get(name)
-        self.sums[name] = pair if held is None else held + pair
-        if part:
-            self.parts.add(name)
+        into = self._parts if part else self._shared
+        into[name] = pair if name not in into else into[name] + pair
 
-    def take(self, other: Notes) -> None:
-        """Add what is in `other`."""
-        for name, pair in other.sums.items():
-            self.add(name, pair[0], pair[1], part=name in other.parts)
+    def share(self, name: str, first: bool) -> Tensor | None:
+        """A rank's share of a sum and its weight, so that those of the tensor ranks add up.
+
+        Args:
+            name: Of the sum.
+            first: Whether this is the first tensor rank, which alone counts what all have.
+        """
+        shared, part = self._shared.get(name), self._parts.get(name)
+        if shared is not None and not first:
+            shared = shared * 0.0
+        if part is not None and not first:
+            part = torch.stack([part[0], part[1] * 0.0])
+        if shared is None or part is None:
+            return part if shared is None else shared
+        return shared + part

@@ -35,7 +35,7 @@ Chosen = Callable[[int, int, int], Tensor]
 
 
 class Probe:
-    """Sums of measures, and how many terms they have. Waits for no device.
+    """Sums of measures, and how many terms they have. Measuring waits for the device.
 
     Args:
         layers: Of the whole model.
@@ -67,6 +67,7 @@ class Probe:
         scale: float,
         sink_H: Tensor | None,
         chosen: Chosen | None,
+        weights_T: Tensor | None = None,
     ) -> None:
         """Compare what a few queries see with full attention over their reach.
 
@@ -78,8 +79,9 @@ class Probe:
             scale: Of the scores.
             sink_H: The learned score with nothing behind it.
             chosen: What they do see; None for everything.
+            weights_T: Of the queries' tokens: padding has none and is not looked at.
         """
-        for row in self._some(reach):
+        for row in self._some(reach, weights_T):
             first, last = int(reach.first_T[row]), int(reach.last_T[row])
             k_nGD = wide(k_SGD[first:last])
             q_GrD = wide(q_THD[row]).unflatten(0, (k_nGD.shape[1], -1))
@@ -96,11 +98,14 @@ class Probe:
             seen_Hn = seen_Cn.repeat_interleave(heads, dim=0)
             self.add(layer, "kept", seen_Cn.double())
             kept_H = (weights_Hn[:, 1:] * seen_Hn).sum(1)
-            self.add(layer, "recall", kept_H / (1 - weights_Hn[:, 0]))
+            self.add(layer, "recall", kept_H / (1 - weights_Hn[:, 0]).clamp(min=1e-9))
 
-    def _some(self, reach: Reach) -> list[int]:
-        """Rows that see something, evenly spaced."""
-        seeing = (reach.first_T < reach.last_T).nonzero()[:, 0]
+    def _some(self, reach: Reach, weights_T: Tensor | None) -> list[int]:
+        """Rows that see something and count, evenly spaced."""
+        seeing_T = reach.first_T < reach.last_T
+        if weights_T is not None:
+            seeing_T = seeing_T & (weights_T.cpu() > 0)
+        seeing = seeing_T.nonzero()[:, 0]
         count = min(self.rows, len(seeing))
         at = (torch.arange(count) + 1) * len(seeing) // max(1, count) - 1
         return seeing[at].tolist()

@@ -19,7 +19,7 @@ class Site:
 
     Attributes:
         layer: Number of the layer, from 0 over the whole model.
-        mechanisms: Layers of the whole model that have this mechanism.
+        layers_alike: Layers of the whole model that have this kind of mechanism.
         hidden: Width of the layer's input.
         heads: Query heads on this rank.
         groups: Key-value heads on this rank.
@@ -34,7 +34,7 @@ class Site:
     """
 
     layer: int
-    mechanisms: int
+    layers_alike: int
     hidden: int
     heads: int
     groups: int

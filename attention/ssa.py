@@ -70,7 +70,8 @@ class Ssa(nn.Module):
         # The same for all layers: the whole model is in one mode.
         sparse = ctx.draw("ssa") < settings.sparse_share
         out_THV = stream(sparse, settings.count)
-        if not settings.align:
+        # The first of a recomputed layer's two passes needs nothing of the other stream.
+        if not settings.align or not torch.is_grad_enabled():
             return out_THV
         other_THV = stream(not sparse, settings.count)
         return _Aligned.apply(out_THV, other_THV, self._alignment(ctx))
@@ -91,7 +92,7 @@ class Ssa(nn.Module):
 
     def _alignment(self, ctx: Context) -> _Alignment:
         site, settings = self.site, self.settings
-        factor = settings.align / site.mechanisms
+        factor = settings.align / site.layers_alike
         width = site.all_heads * site.dim
         return _Alignment(ctx.weights_T, factor, settings.beta, width, ctx)
 

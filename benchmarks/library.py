@@ -55,7 +55,14 @@ INDEXER: dict[str, Any] = {
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "window": {"kind": "window", "window": 512, "first": 4},
-    "nsa": {"kind": "nsa", "block": 32, "count": 8, "window": 256, "compress": "mean"},
+    "nsa": {
+        "kind": "nsa",
+        "block": 32,
+        "count": 8,
+        "window": 256,
+        "compress": "mean",
+        "encode_position": "none",
+    },
     "infllm-v2": {
         "kind": "infllm_v2",
         "block": 32,

@@ -13,6 +13,7 @@ from ..trainer.devices import Machine, this_machine
 from ..trainer.plan import model_ranks, plan_stage, run_ranks
 from ..trainer.settings import ModelSettings
 from .check_attention import warn_of_attention
+from .check_hand_over import check_hand_over, warn_of_hand_over
 from .check_rope import check_induction_rope
 from .check_stage import check_stage
 from .recipe import Recipe
@@ -52,6 +53,7 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
     problems = [*_check_model(recipe), *_check_ranks(recipe, ranks, machine)]
     for index, stage in enumerate(recipe.stages):
         problems += check_stage(recipe, stage, index, ranks)
+    problems += [*check_hand_over(recipe.stages, recipe.model.layers)]
     problems += [*_check_run(recipe), *_check_data(recipe)]
     vocab, tokenizer_problems = _vocabulary(recipe)
     problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
@@ -208,6 +210,7 @@ def _warnings(recipe: Recipe, ranks: int, machine: Machine) -> Iterator[str]:
     if not machine.gpus and recipe.precision == "bf16":
         yield "precision bf16 is slow on most CPUs; fp32 is the better choice without a GPU"
     yield from warn_of_attention(recipe.model, recipe.stages)
+    yield from warn_of_hand_over(recipe.stages, recipe.model.layers)
     for stage in recipe.stages:
         batches, pipeline = plan_stage(stage, ranks).micro_batches, stage.parallel.pipeline
         if batches < pipeline:

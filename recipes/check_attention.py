@@ -117,9 +117,6 @@ def _check_names(rule: LayerRule, layers: int, at: str) -> Iterator[Problem]:
 
 def _check_options(stage: StageSettings, kinds: set[str], at: str) -> Iterator[Problem]:
     attention = stage.attention
-    if attention.sinks and "nsa" in kinds:
-        expected = "false: a sink belongs to one softmax, and the layers with nsa have three"
-        yield Problem(f"{at}.sinks", "true", expected, "sinks: false, or another mechanism")
     if attention.output_gate != "none" and "ssa" in kinds:
         expected = "none: ssa has an output gate of its own"
         yield Problem(f"{at}.output_gate", attention.output_gate, expected, "remove output_gate")

@@ -46,7 +46,7 @@ def check_mechanism(
         case WindowSettings():
             yield from _check_window(mechanism, stage.length, at)
         case NsaSettings():
-            yield from _check_nsa(mechanism, stage.length, at)
+            yield from _check_nsa(mechanism, model, stage.length, turns, at)
             if mechanism.compress_after_rope and not turns:
                 expected = "false: rope.nope_layers has all layers with nsa, where nothing turns"
                 yield Problem(f"{at}.compress_after_rope", "true", expected, "remove it")
@@ -93,14 +93,27 @@ def warn_of_mechanism(mechanism: MechanismSettings, length: int) -> Iterator[str
 
 
 def _check_window(mechanism: WindowSettings, length: int, at: str) -> Iterator[Problem]:
-    if mechanism.window >= length:
+    if mechanism.window + mechanism.first >= length:
+        got = f"{mechanism.window}" + (f" and {mechanism.first} first" if mechanism.first else "")
         expected = f"less than the stage's length ({length}): it would see everything"
-        yield Problem(f"{at}.window", str(mechanism.window), expected, "kind: dense, or less")
+        yield Problem(f"{at}.window", got, expected, "kind: dense, or less")
 
 
-def _check_nsa(mechanism: NsaSettings, length: int, at: str) -> Iterator[Problem]:
+def _check_nsa(
+    mechanism: NsaSettings, model: ModelSettings, length: int, turns: bool, at: str
+) -> Iterator[Problem]:
     yield from _check_compression(mechanism, length, at)
     yield from _check_forced(mechanism, at)
+    if mechanism.window >= length:
+        expected = f"less than the stage's length ({length}): its branch would see everything"
+        yield Problem(f"{at}.window", str(mechanism.window), expected)
+    places, how = mechanism.encode_position, mechanism.compress
+    if places == "keys" and how != "mlp" and (mechanism.compress_after_rope or not turns):
+        expected = f"none: with compress {how} and no RoPE after it all keys change alike"
+        yield Problem(f"{at}.encode_position", places, expected, "encode_position: none")
+    if mechanism.branch_kv == "independent" and (model.qk_norm or model.qkv_bias):
+        expected = "shared: the branches' own projections have neither model.qk_norm nor qkv_bias"
+        yield Problem(f"{at}.branch_kv", "independent", expected, "branch_kv: shared")
 
 
 def _check_compression(
@@ -127,6 +140,9 @@ def _check_forced(mechanism: NsaSettings, at: str) -> Iterator[Problem]:
 
 def _check_infllm_v2(mechanism: InfllmV2Settings, length: int, at: str) -> Iterator[Problem]:
     yield from _check_compression(mechanism, length, at)
+    if mechanism.coarse == 1:
+        expected = "0, or at least 2: keys pooled over once as many tokens are the same keys"
+        yield Problem(f"{at}.coarse", "1", expected, "coarse: 0")
     below, local = mechanism.dense_below, mechanism.local * mechanism.block
     if 0 < below < local:
         expected = f"0, or at least the tokens of the local blocks ({local}), which are always seen"
@@ -165,9 +181,6 @@ def _check_sharded_heads(
 
 
 def _check_seer(mechanism: SeerSettings, stage: StageSettings, at: str) -> Iterator[Problem]:
-    if mechanism.form == "block" and stage.trainable == "all":
-        expected = "token: form block is not causal, so that no language model is trained with it"
-        yield Problem(f"{at}.form", "block", expected, "form: token")
     if mechanism.dim % 2:
         expected = "an even number: channels turn in pairs"
         yield Problem(f"{at}.dim", str(mechanism.dim), expected, around("dim", mechanism.dim, 2))

@@ -97,7 +97,7 @@ def load(checkpoint: Path, engine: Engine, *, optimizer: bool) -> list[str]:
     """Load a checkpoint's weights and, if asked, the optimizer's state.
 
     Returns:
-        Parameters of this rank that the stage's attention adds, and the checkpoint does not have.
+        Parameters that the stage's attention adds, and the checkpoint does not have.
 
     Raises:
         CheckpointError: If it cannot be read.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..attention.catalogue import words
 from ..cache import default_cache
+from ..errors import CheckpointError
 from . import checkpoints
 from .checkpoints import Cursor
 from .context_proof import context_proof
@@ -107,6 +108,11 @@ class Run:
             if inside:
                 checkpoints.refuse_other_rope(newest, settings.rope)
             new = checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
+            if new and inside:
+                raise CheckpointError(
+                    f"checkpoint {newest} lacks parameters that its own stage has: {new[0]}",
+                    "resume with the recipe that it was written with",
+                )
             if new:
                 self.observer.message(
                     f"stage {settings.name} adds {len(new)} parameter tensors to those of "

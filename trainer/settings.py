@@ -185,7 +185,7 @@ class TelemetrySettings(Settings):
     """What attention looks at, measured now and then on a few queries of one micro-batch."""
 
     every: int = Field(default=100, ge=0)
-    """Steps between measurements; 0: none."""
+    """Steps between measurements; 0: none. Stages with context ranks are not measured."""
 
     rows: int = Field(default=16, ge=1)
     """Queries to look at in each layer."""

@@ -112,7 +112,8 @@ class StageLoop:
     def _probe(self, step: int) -> Probe | None:
         """What measures a step's attention, where it is due."""
         settings = self.run.telemetry
-        if not settings.every or step % settings.every:
+        # Over context ranks no rank has all the keys that a query might see.
+        if not settings.every or step % settings.every or self.stage.parallel.context > 1:
             return None
         return Probe(self.run.model.layers, settings.rows, self.engine.device)
 

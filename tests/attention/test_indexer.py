@@ -5,7 +5,6 @@ import pytest
 import torch
 from longspan.attention.mechanism_settings import IndexerSettings
 from longspan.kernels.grid import Grid
-from pydantic import ValidationError
 from reference.index_layer import naive_ids, naive_indexer, naive_scores, pad
 from reference.indexer import naive_block_scores, naive_choice, naive_index_scores
 from reference.visibility import chosen
@@ -324,18 +323,3 @@ def test_64k_tokens_in_bounded_memory():
         out, _ = run(layer, given, context([0, tokens]))
     assert grown.mib < 512, grown.mib
     assert bool(out.isfinite().all()) and all(bool(x.isfinite().all()) for x in learned(layer))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"count": 1, "local": 2},
-        {"hisa": {}, "block": 2},
-        {"hisa": {}, "local": 1},
-        {"hisa": {"block": 2, "budget": 2}},
-        {"dim": 6, "rotary_share": 0.5},
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        IndexerSettings.model_validate({**DSA, **wrong})

@@ -264,6 +264,6 @@ def test_64k_tokens_in_bounded_memory():
 
 
 def test_wrong_settings_are_refused():
-    for wrong in ({"block": 0}, {"local": 0}, {"compress_stride": 24}, {"block": 40}):
+    for wrong in ({"block": 0}, {"local": 0}):
         with pytest.raises(ValidationError):
             AttentionSettings.model_validate({"mechanism": {"kind": "infllm_v2", **wrong}})

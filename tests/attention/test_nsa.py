@@ -38,7 +38,7 @@ def one_thread():
 
 
 def parameters(layer):
-    return {name.removeprefix("mechanism."): x for name, x in layer.named_parameters()}
+    return {name.removeprefix("nsa."): x for name, x in layer.named_parameters()}
 
 
 def twin(layer, settings, leaves, cu=DOCUMENTS, turns=True, scale=8**-0.5):

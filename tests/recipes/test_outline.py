@@ -66,7 +66,7 @@ def test_rope_in_words():
 
 def test_attention_in_words():
     nsa = "{mechanism: {kind: nsa}, layers: [{every: 2, mechanism: {kind: dense}}]}"
-    indexer = "{mechanism: {kind: indexer, heads: 1, dim: 8, count: 256}, output_gate: head}"
+    indexer = "{mechanism: {kind: indexer, heads: 1, dim: 8, count: 256}}"
     changes = [f"stages.0.attention={nsa}", f"stages.1.attention={indexer}",
                "stages.1.trainable=selection", "stages.1.parallel.context=1"]  # fmt: skip
     text, table = rows(*changes, machine=Machine(gpus=0, cores=2), width=240)
@@ -75,9 +75,9 @@ def test_attention_in_words():
     assert 2 * (compressed + 3 * 6 * 192) == 551_680
     assert table["attention"] == [
         "nsa 16 x 64 of 32/16, window 512; dense in 2 of 4 layers",
-        "indexer 256 tokens; gate per head; trains the selection only",
+        "indexer 256 tokens; trains the selection only",
     ]
-    assert table["added parameters"] == ["552K", "17K"] and "2.36M parameters" in text
+    assert table["added parameters"] == ["552K", "12.4K"] and "2.36M parameters" in text
     assert "warning: stage base: nsa never chooses" in text
 
 

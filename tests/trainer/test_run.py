@@ -83,6 +83,14 @@ def test_checkpoints_and_the_log_know_the_whole_rope(straight):
     assert [e["rope"] for e in started] == ["base 10,000", "base 100,000"]
 
 
+def test_attention_is_measured_where_a_rank_has_all_keys(straight):
+    """Not in the second stage, which has two context ranks."""
+    looks = [e for e in read_events(straight[0] / "events.jsonl") if e["event"] == "attention"]
+    assert [look["step"] for look in looks] == [4, 8]
+    for layer in (layer for look in looks for layer in look["layers"]):
+        assert 0 < layer["entropy"] < 5 and 0 < layer["sink_share"] <= 1
+
+
 def test_nothing_is_left_of_old_or_unfinished_checkpoints(straight):
     names = sorted(path.name for path in (straight[0] / "checkpoints").iterdir())
     assert names == ["step-00000014", "step-00000016"]

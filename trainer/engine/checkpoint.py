@@ -51,7 +51,7 @@ def load_engine(engine: Engine, directory: Path, *, optimizer: bool) -> list[str
     state: megatron would fill it with uninitialised memory (trap S9).
 
     Returns:
-        The global names of this rank's parameters that the checkpoint does not have.
+        The keys of the model's parameters that the checkpoint does not have.
     """
     assert engine.optimizer is not None
     state: dict[str, Any] = {"model": _model_state(engine)}
@@ -77,7 +77,9 @@ def load_engine(engine: Engine, directory: Path, *, optimizer: bool) -> list[str
         engine.optimizer.apply_settings()
     else:
         engine.optimizer.megatron.reload_model_params()
-    return sorted(new)
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, sorted(new))
+    return sorted({key for keys in everywhere for key in keys})
 
 
 def checkpoint_bytes(engine: Engine) -> int:

@@ -167,12 +167,12 @@ class Engine:
 
         All ranks name the same ones, whatever layers they have.
         """
-        first = self.groups.tp.rank() == 0
-        shares = {}
+        shares, first = {}, self.groups.tp.rank() == 0
         for name in auxiliary_losses(self.stage.attention, self.run.model.layers):
-            pair = notes.sums.get(name, torch.zeros(2, dtype=torch.float64, device=self.device))
-            counts = [float(first or name in notes.parts), float(first)]
-            shares[name] = pair * torch.tensor(counts, dtype=torch.float64, device=self.device)
+            pair = notes.share(name, first)
+            if pair is None:
+                pair = torch.zeros(2, dtype=torch.float64, device=self.device)
+            shares[name] = pair
         return shares
 
     @torch.no_grad()

@@ -161,7 +161,7 @@ class SelfAttention(MegatronModule):
 
     def _site(self, given: Given, layer: int, heads: int, group: ProcessGroup) -> Site:
         config, stage = self.config, given.stage
-        mechanisms = stage.mechanisms(config.num_layers)
+        kinds = [mechanism.kind for mechanism in stage.mechanisms(config.num_layers)]
         tensor = group.size()
 
         def reduced(x: torch.Tensor, op: Any) -> torch.Tensor:
@@ -172,7 +172,7 @@ class SelfAttention(MegatronModule):
 
         return Site(
             layer=layer,
-            mechanisms=mechanisms.count(mechanisms[layer]),
+            layers_alike=kinds.count(kinds[layer]),
             hidden=config.hidden_size,
             heads=heads,
             groups=heads // self.heads_per_group,
@@ -187,8 +187,9 @@ class SelfAttention(MegatronModule):
 
     def _mark(self, selects: bool) -> None:
         """Tell megatron which parameters are split over the tensor ranks, and which select keys."""
+        at = f"{self.attention.kind}."
         for name, parameter in self.attention.named_parameters():
-            setattr(parameter, "selects", selects and name.startswith("mechanism."))  # noqa: B010
+            setattr(parameter, "selects", selects and name.startswith(at))  # noqa: B010
             split = getattr(parameter, "by_head")  # noqa: B009
             set_tensor_model_parallel_attributes(parameter, split, 0, 1)
 
