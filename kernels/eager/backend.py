@@ -12,7 +12,7 @@ from ..blocks import Blocks
 from ..reach import Reach
 from ..request import Request
 from ..scoring import Gradients, Scoring
-from . import band, by_row, dense
+from . import by_block, by_row, dense
 
 # Blocks of fewer keys than this are gathered row by row.
 SMALL_BLOCK = 8
@@ -37,7 +37,7 @@ def forward(
     if blocks is None:
         out_THV, lse_TH = dense.forward(q_THD, k_SGD, v_SGV, reach, scoring)
     else:
-        chosen = by_row if blocks.grid.largest < SMALL_BLOCK else band
+        chosen = by_row if blocks.grid.largest < SMALL_BLOCK else by_block
         out_THV, lse_TH = chosen.forward(q_THD, k_SGD, v_SGV, reach, blocks, scoring)
     return out_THV.to(out_dtype).contiguous(), lse_TH
 
@@ -58,5 +58,5 @@ def backward(
     inputs = dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, dlse_TH, reach
     if blocks is None:
         return dense.backward(*inputs, scoring)
-    chosen = by_row if blocks.grid.largest < SMALL_BLOCK else band
+    chosen = by_row if blocks.grid.largest < SMALL_BLOCK else by_block
     return chosen.backward(*inputs, blocks, scoring)
