@@ -8,6 +8,7 @@ import sys
 import pytest
 from longspan import __version__, cli
 from longspan.errors import RunError
+from longspan.recipes.loading import shipped_recipes
 from longspan.trainer import launch
 from longspan.trainer.settings import RunSettings
 from typer.testing import CliRunner
@@ -109,7 +110,9 @@ def test_errors_of_a_run_and_ctrl_c(longspan, monkeypatch):
 def test_recipes_one_line_each(longspan):
     code, out, _ = longspan("recipes")
     lines = out.splitlines()
-    assert code == 0 and [line.split()[0] for line in lines] == ["quickstart", "smoke"]
+    names = [line.split()[0] for line in lines]
+    assert code == 0 and names == [*shipped_recipes()]
+    assert {"quickstart", "smoke", "attention-nsa"} <= set(names)
     assert all(len(line.split()) > 4 for line in lines)
 
 
