@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..kernels.blocks import Blocks
-from ..kernels.pool import pool
-from ..kernels.selection import select_blocks
 from ..kernels.selection_rule import SelectionRule
 from .context import Context
+from .mean_keys import choose_by_mean_keys
 from .mechanism_settings import MobaSettings
 from .probe import in_blocks
 
@@ -41,19 +39,8 @@ class Moba(nn.Module):
     ) -> Tensor:
         """Output [T, H, V]; see `Mechanism`."""
         q_THD, k_SGD = ctx.turn_queries(q_THD), ctx.turn_keys(k_SGD)
-        blocks = ctx.choose("blocks", lambda: self._choose(q_THD, k_SGD, ctx))
+        blocks = ctx.choose(
+            "blocks", lambda: choose_by_mean_keys(q_THD, k_SGD, self.block, self.rule, ctx)
+        )
         ctx.look(q_THD, k_SGD, in_blocks(blocks))
         return ctx.attend(q_THD, k_SGD, v_SGV, ctx.reach, blocks)[0]
-
-    def _choose(self, q_THD: Tensor, k_SGD: Tensor, ctx: Context) -> Blocks:
-        documents = ctx.documents
-        windows = documents.windows(self.block, self.block)
-        return select_blocks(
-            q_THD,
-            pool(k_SGD, windows, "mean"),
-            windows,
-            documents.grid(self.block),
-            ctx.reach,
-            self.rule,
-            scale=ctx.scale_of(q_THD),
-        )

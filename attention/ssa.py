@@ -17,11 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ..kernels.alignment import align
-from ..kernels.blocks import Blocks
-from ..kernels.pool import pool
-from ..kernels.selection import select_blocks
 from ..kernels.selection_rule import SelectionRule
 from .context import Context
+from .mean_keys import choose_by_mean_keys
 from .mechanism_settings import SsaSettings
 from .probe import in_blocks
 from .site import Site
@@ -61,7 +59,11 @@ class Ssa(nn.Module):
         def stream(sparse: bool, count: int) -> Tensor:
             blocks = None
             if sparse:
-                blocks = ctx.choose("blocks", lambda: self._choose(q_THD, k_SGD, count, ctx))
+                # The query's own block is always among them.
+                rule, block = SelectionRule(count, local=1), settings.block
+                blocks = ctx.choose(
+                    "blocks", lambda: choose_by_mean_keys(q_THD, k_SGD, block, rule, ctx)
+                )
                 ctx.look(q_THD, k_SGD, in_blocks(blocks))
             return ctx.attend(q_THD, k_SGD, v_SGV, ctx.reach, blocks)[0] * gate_TH1
 
@@ -75,20 +77,6 @@ class Ssa(nn.Module):
             return out_THV
         other_THV = stream(not sparse, settings.count)
         return _Aligned.apply(out_THV, other_THV, self._alignment(ctx))
-
-    def _choose(self, q_THD: Tensor, k_SGD: Tensor, count: int, ctx: Context) -> Blocks:
-        """Blocks by their mean keys; the query's own one is always among them."""
-        block, documents = self.settings.block, ctx.documents
-        windows = documents.windows(block, block)
-        return select_blocks(
-            q_THD,
-            pool(k_SGD, windows, "mean"),
-            windows,
-            documents.grid(block),
-            ctx.reach,
-            SelectionRule(count, local=1),
-            scale=ctx.scale_of(q_THD),
-        )
 
     def _alignment(self, ctx: Context) -> _Alignment:
         site, settings = self.site, self.settings

@@ -49,7 +49,7 @@ class Ring:
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """Output and lse over all shards, merged in the accumulators' dtype."""
-        _refuse_blocks(seen)
+        assert seen.blocks is None, "a ring does not carry chosen blocks; the check refuses them"
         wide, scale = wide_dtype(q_THD), seen.scale
         arrivals = self._arrivals(seen.reach, k_TGD, v_TGV)
         own, k, v = next(arrivals)
@@ -122,8 +122,3 @@ class Ring:
                 shards.append(Shard(slice(start, stop), local.rows(torch.arange(start, stop))))
             self._plans[reach] = shards
         return shards
-
-
-def _refuse_blocks(seen: Seen) -> None:
-    """The recipe's check lets none of them through."""
-    assert seen.blocks is None, "a ring does not carry chosen blocks"

@@ -8,7 +8,17 @@ from longspan.kernels.grid import Grid
 from reference.index_layer import naive_ids, naive_indexer, naive_scores, pad
 from reference.indexer import naive_block_scores, naive_choice, naive_index_scores
 from reference.visibility import chosen
-from support.mechanisms import context, gradients, inputs, make, positions_of, run, site, turned
+from support.mechanisms import (
+    assert_all_close,
+    context,
+    gradients,
+    inputs,
+    make,
+    positions_of,
+    run,
+    site,
+    turned,
+)
 from support.memory import peak_growth
 
 CU = [0, 1, 4, 9, 20, 57]
@@ -62,11 +72,6 @@ def learned(layer):
     return [x.grad for x in own(layer).values()]
 
 
-def close(got, want, atol=1e-9):
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (4, 1)])
 @pytest.mark.parametrize("settings", CASES)
 def test_outputs_loss_and_all_gradients_equal_the_twin(settings, heads, groups):
@@ -75,11 +80,11 @@ def test_outputs_loss_and_all_gradients_equal_the_twin(settings, heads, groups):
     want, want_grads, loss, want_learned, weight = twin(layer, settings, given)
     ctx = context(CU, weights_T=WEIGHTS)
     out, grads = run(layer, given, ctx)
-    close([out, *grads[:4]], [want, *want_grads])
+    assert_all_close([out, *grads[:4]], [want, *want_grads])
     # Neither loss reaches what the other is for.
     assert not any(bool(x.any()) for x in [grads[0], *grads[4:]])
     scale = IndexerSettings.model_validate(settings).weight
-    close(learned(layer), [scale * x for x in want_learned])
+    assert_all_close(learned(layer), [scale * x for x in want_learned])
     assert all(bool(x.any()) for x in want_learned)
     total, rows = ctx.notes.sums["index_loss"]
     assert float(total) == pytest.approx(float(loss)) and float(rows) == pytest.approx(weight)
@@ -134,7 +139,7 @@ def test_hisa_with_a_budget_for_everything_is_the_plain_choice():
         ctx = context(CU, kept={}, weights_T=WEIGHTS)
         out, grads = run(layer, given, ctx)
         found.append([out, *grads, *learned(layer)])
-    close(*found, atol=1e-12)
+    assert_all_close(*found, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [{**DSA, "count": 64}, {**MSA, "count": 16}])
@@ -146,9 +151,9 @@ def test_choices_of_everything_are_dense_attention(settings):
         ctx = context(CU, weights_T=WEIGHTS)
         out, grads = run(layer, given, ctx)
         found.append([out, *grads, *learned(layer), ctx.notes.sums["index_loss"]])
-    close(*found, atol=1e-10)
+    assert_all_close(*found, atol=1e-10)
     dense = run(make({"kind": "dense"}, where), given, context(CU))
-    close(found[1][:5], [dense[0], *dense[1]], atol=1e-10)
+    assert_all_close(found[1][:5], [dense[0], *dense[1]], atol=1e-10)
 
 
 @pytest.mark.parametrize("settings", [DSA, MSA])
@@ -173,7 +178,7 @@ def test_it_learns_beside_a_frozen_model_that_runs_without_gradients():
     run(layers[0], given, context(CU, weights_T=WEIGHTS))
     with torch.no_grad():
         layers[1](given.hidden, given.q, given.k, given.v, context(CU, weights_T=WEIGHTS))
-    close(learned(layers[0]), learned(layers[1]), atol=0)
+    assert_all_close(learned(layers[0]), learned(layers[1]), atol=0)
 
 
 def test_nothing_is_learned_or_noted_in_the_first_of_two_passes():
@@ -187,7 +192,9 @@ def test_nothing_is_learned_or_noted_in_the_first_of_two_passes():
         first = layer(given.hidden, given.q, given.k, given.v, ctx)
     assert not ctx.notes.sums and all(x is None for x in learned(layer)) and set(kept) == {"index"}
     out, grads = run(layer, given, context(CU, weights_T=WEIGHTS, kept=kept))
-    close([first, out, *grads, *learned(layer)], [want, want, *want_grads, *once], atol=0)
+    assert_all_close(
+        [first, out, *grads, *learned(layer)], [want, want, *want_grads, *once], atol=0
+    )
     assert not kept
 
 
@@ -245,7 +252,7 @@ def test_the_last_rows_alone_are_those_of_the_whole(settings):
         rows = torch.arange(50, TOKENS)
         ctx = context(CU, rows=rows, **still)
         last = layer(given.hidden, given.q[rows], given.k, given.v, ctx)
-    close([last], [whole[rows]], atol=1e-12)
+    assert_all_close([last], [whole[rows]], atol=1e-12)
 
 
 class Meeting:
@@ -284,12 +291,12 @@ def test_two_tensor_ranks_learn_what_one_does(settings):
 
     with ThreadPoolExecutor(2) as pool:
         (one, left, notes), (other, right, more) = pool.map(rank, range(2))
-    close([torch.cat([left, right], 1)], [want])
+    assert_all_close([torch.cat([left, right], 1)], [want])
     for name, full, a, b in zip(names, learned(layer), learned(one), learned(other), strict=True):
         if own(one)[name].by_head:
-            close([torch.cat([a, b])], [full])
+            assert_all_close([torch.cat([a, b])], [full])
         else:
-            close([a, b], [full, full])
+            assert_all_close([a, b], [full, full])
     (total, rows), pairs = (
         ctx.notes.sums["index_loss"],
         [x.sums["index_loss"] for x in (notes, more)],

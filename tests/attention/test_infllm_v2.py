@@ -15,7 +15,17 @@ from pydantic import ValidationError
 from reference.infllm_v2 import naive_seen
 from reference.visibility import chosen
 from reference.window import naive_layer
-from support.mechanisms import context, gradients, inputs, make, positions_of, run, site, turned
+from support.mechanisms import (
+    context,
+    gradients,
+    halves,
+    inputs,
+    make,
+    positions_of,
+    run,
+    site,
+    turned,
+)
 from support.memory import peak_growth
 
 CU = [0, 1, 4, 11, 70, 85, 149]
@@ -229,12 +239,7 @@ def test_tensor_ranks_together_are_one():
     layer, given = make(settings, where), inputs(CU[-1], where)
     out, (_, *grads) = run(layer, given, context(CU))
     parts = []
-    for rank in range(2):
-        half = site(2, 1, first_head=2 * rank, all_heads=4)
-        heads, group = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
-        share = inputs(CU[-1], half)
-        share.q, share.k, share.v = given.q[:, heads], given.k[:, group], given.v[:, group]
-        share.dout = given.dout[:, heads]
+    for half, share in halves(where, given):
         parts.append(run(make(settings, half), share, context(CU)))
     found = [[part[0], *part[1][1:]] for part in parts]
     for one, other, expected in zip(*found, [out, *grads], strict=True):

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from longspan.attention import moba
+from longspan.attention import mean_keys
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.probe import Probe
 from longspan.kernels.grid import Grid
@@ -10,7 +10,17 @@ from pydantic import ValidationError
 from reference.moba import naive_seen
 from reference.visibility import chosen
 from reference.window import naive_layer
-from support.mechanisms import context, gradients, inputs, make, positions_of, run, site, turned
+from support.mechanisms import (
+    context,
+    gradients,
+    halves,
+    inputs,
+    make,
+    positions_of,
+    run,
+    site,
+    turned,
+)
 from support.memory import peak_growth
 
 CU = [0, 1, 4, 11, 70, 86, 149]
@@ -166,7 +176,7 @@ def test_the_second_pass_sees_what_the_first_one_chose(monkeypatch):
     ctx = context(CU, kept={})
     with torch.no_grad():
         first = layer(given.hidden, given.q, given.k, given.v, ctx)
-    monkeypatch.setattr(moba, "select_blocks", None)
+    monkeypatch.setattr(mean_keys, "select_blocks", None)
     assert torch.equal(run(layer, given, ctx)[0], first)
 
 
@@ -175,12 +185,7 @@ def test_tensor_ranks_together_are_one():
     layer, given = make(settings, where), inputs(CU[-1], where)
     out, (_, *grads) = run(layer, given, context(CU))
     parts = []
-    for rank in range(2):
-        half = site(2, 1, first_head=2 * rank, all_heads=4)
-        heads, group = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
-        share = inputs(CU[-1], half)
-        share.q, share.k, share.v = given.q[:, heads], given.k[:, group], given.v[:, group]
-        share.dout = given.dout[:, heads]
+    for half, share in halves(where, given):
         parts.append(run(make(settings, half), share, context(CU)))
     found = [[part[0], *part[1][1:]] for part in parts]
     for one, other, expected in zip(*found, [out, *grads], strict=True):

@@ -7,7 +7,17 @@ from longspan.kernels.grid import Grid
 from reference.attention import naive_attend
 from reference.seer import naive_gate_choice, naive_gate_loss, naive_logits
 from reference.visibility import chosen
-from support.mechanisms import context, gradients, inputs, make, positions_of, run, site, turned
+from support.mechanisms import (
+    assert_all_close,
+    context,
+    gradients,
+    inputs,
+    make,
+    positions_of,
+    run,
+    site,
+    turned,
+)
 from support.memory import peak_growth
 
 CU = [0, 1, 4, 9, 20, 57]
@@ -57,11 +67,6 @@ def learned(layer):
     return [layer.mechanism.query.grad, layer.mechanism.key.grad]
 
 
-def close(got, want, atol=1e-9):
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, atol=atol, rtol=0)
-
-
 def evaluate(layer, given, cu=CU, **changes):
     with torch.no_grad():
         return layer(given.hidden, given.q, given.k, given.v, context(cu, **STILL, **changes))
@@ -76,7 +81,7 @@ def test_dense_outputs_and_what_the_gate_learns_equal_the_twin(form, more, heads
     ctx = context(CU, weights_T=WEIGHTS)
     out, grads = run(layer, given, ctx)
     leaves, q, k, (want, lse) = naive(layer, settings, given)
-    close([out, *grads[:4]], [want.detach(), *gradients(want, given.dout, leaves)])
+    assert_all_close([out, *grads[:4]], [want.detach(), *gradients(want, given.dout, leaves)])
     assert not any(bool(x.any()) for x in [grads[0], *grads[4:]])
     kind = SeerSettings.model_validate(settings)
     loss, weight = naive_gate_loss(
@@ -84,7 +89,7 @@ def test_dense_outputs_and_what_the_gate_learns_equal_the_twin(form, more, heads
         CU, WEIGHTS, 8**-0.5,
     )  # fmt: skip
     parameters = [layer.mechanism.query, layer.mechanism.key]
-    close(learned(layer), [kind.weight * x for x in gradients(loss, None, parameters)])
+    assert_all_close(learned(layer), [kind.weight * x for x in gradients(loss, None, parameters)])
     total, rows = (float(x) for x in ctx.notes.sums["gate_loss"])
     assert total == pytest.approx(float(loss.detach())) and rows == pytest.approx(weight)
     assert total > 1 and ctx.notes.parts == {"gate_loss"}
@@ -116,7 +121,7 @@ def test_sparse_evaluations_equal_the_twin(settings, heads, groups, monkeypatch)
     assert got == want_ids
     out, grads = run(layer, given, context(CU, **STILL))
     leaves, _, _, (want, _) = naive(layer, settings, given, dense=False)
-    close([out, *grads[:4]], [want.detach(), *gradients(want, given.dout, leaves)])
+    assert_all_close([out, *grads[:4]], [want.detach(), *gradients(want, given.dout, leaves)])
     assert not ctx.notes.sums and learned(layer) == [None, None]
 
 
@@ -137,7 +142,7 @@ def test_a_budget_for_everything_is_dense(settings):
     got, want = (
         run(x, given, context(CU, **STILL)) for x in (layer, make({"kind": "dense"}, where))
     )
-    close([got[0], *got[1][:4]], [want[0], *want[1]], atol=1e-12)
+    assert_all_close([got[0], *got[1][:4]], [want[0], *want[1]], atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [TOKEN, BLOCK])
@@ -151,7 +156,7 @@ def test_while_a_model_trains_attention_is_dense_and_only_learns_when_asked(sett
     with torch.no_grad():
         second = layer(given.hidden, given.q, given.k, given.v, context(CU))
     dense = make({"kind": "dense"}, where)(given.hidden, given.q, given.k, given.v, context(CU))
-    close([first, second], [dense, dense], atol=0)
+    assert_all_close([first, second], [dense, dense], atol=0)
     assert all(bool(x.any()) for x in learned(layer))
 
 
@@ -195,7 +200,8 @@ def test_what_a_gate_learns_of_a_document_is_its_own(settings):
         weights = torch.where(torch.arange(TOKENS) < 20, 0.0, 1.0).double()
         run(layer, given, context(CU, weights_T=weights))
         found.append(learned(layer))
-    close(*found, atol=1e-12)
+    assert all(bool(x.any()) for x in found[0])
+    assert_all_close(*found, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [TOKEN, THRESHOLD, {**BLOCK, "evaluate": "dense"}])
@@ -204,7 +210,7 @@ def test_the_last_rows_alone_are_those_of_the_whole(settings):
     layer, given = make(settings, where), inputs(TOKENS, where)
     whole, rows = evaluate(layer, given), torch.arange(50, TOKENS)
     given.q = given.q[rows]
-    close([evaluate(layer, given, rows=rows)], [whole[rows]], atol=1e-12)
+    assert_all_close([evaluate(layer, given, rows=rows)], [whole[rows]], atol=1e-12)
 
 
 def test_blocks_of_queries_cannot_generate():
@@ -233,10 +239,12 @@ def test_two_tensor_ranks_learn_what_one_does(settings):
         grads.append(learned(part))
         sums.append(own.notes.sums["gate_loss"])
         evaluated.append(part(None, q, k, v, context(CU, **STILL)))
-    close([torch.cat(outs, 1), torch.cat(evaluated, 1)], [want, sparse])
-    close([torch.cat(pair) for pair in zip(*grads, strict=True)], learned(layer))
+    assert_all_close([torch.cat(outs, 1), torch.cat(evaluated, 1)], [want, sparse])
+    assert_all_close([torch.cat(pair) for pair in zip(*grads, strict=True)], learned(layer))
     total, rows = ctx.notes.sums["gate_loss"]
-    close([sums[0][0] + sums[1][0], sums[0][1], sums[1][1]], [total, rows, rows], atol=1e-6)
+    assert_all_close(
+        [sums[0][0] + sums[1][0], sums[0][1], sums[1][1]], [total, rows, rows], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("settings", [TOKEN, BLOCK])

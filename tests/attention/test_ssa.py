@@ -1,7 +1,17 @@
 import pytest
 import torch
 from reference.ssa import naive_blocks, naive_streams
-from support.mechanisms import context, gradients, inputs, make, positions_of, run, site, turned
+from support.mechanisms import (
+    context,
+    gradients,
+    halves,
+    inputs,
+    make,
+    positions_of,
+    run,
+    site,
+    turned,
+)
 from support.memory import peak_growth
 from torch.nn.functional import smooth_l1_loss
 
@@ -129,15 +139,10 @@ def test_tensor_ranks_together_are_one():
     ctx = context(CU, draw=draw(0.1))
     out, (dhidden, dq, dk, dv, dgate) = run(layer, given, ctx)
     parts, totals = [], []
-    for rank in range(2):
-        half = site(2, 1, first_head=2 * rank, all_heads=4)
+    for rank, (half, share) in enumerate(halves(where, given)):
         mine = make(SSA, half)
-        heads, group = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
         with torch.no_grad():
-            mine.mechanism.gate.copy_(layer.mechanism.gate[heads])
-        share = inputs(77, half)
-        share.hidden, share.dout = given.hidden, given.dout[:, heads]
-        share.q, share.k, share.v = given.q[:, heads], given.k[:, group], given.v[:, group]
+            mine.mechanism.gate.copy_(layer.mechanism.gate.chunk(2)[rank])
         here = context(CU, draw=draw(0.1))
         parts.append(run(mine, share, here))
         totals.append(here.notes.sums["alignment"][0])

@@ -6,7 +6,7 @@ from longspan.attention.layer_settings import AttentionSettings
 from pydantic import ValidationError
 from reference.window import naive_layer, naive_window
 from support.accuracy import assert_as_good_as
-from support.mechanisms import context, gradients, inputs, make, run, site
+from support.mechanisms import context, gradients, halves, inputs, make, run, site
 
 CU = [0, 1, 4, 11, 48, 85]
 OPTIONS = [
@@ -103,15 +103,11 @@ def test_tensor_ranks_together_are_one(gate):
     layer, given = make(settings, where, **options), inputs(85, where)
     out, (dhidden, dq, dk, dv, dsink, dweight) = run(layer, given, context(CU))
     parts = []
-    for rank in range(2):
-        half = site(2, 1, first_head=2 * rank, all_heads=4)
-        mine, share = make(settings, half, **options), inputs(85, half)
-        heads, group = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
+    for rank, (half, share) in enumerate(halves(where, given)):
+        mine = make(settings, half, **options)
         with torch.no_grad():
             for held, whole in zip(mine.parameters(), layer.parameters(), strict=True):
                 held.copy_(whole.chunk(2)[rank])
-        share.hidden, share.dout = given.hidden, given.dout[:, heads]
-        share.q, share.k, share.v = given.q[:, heads], given.k[:, group], given.v[:, group]
         parts.append(run(mine, share, context(CU)))
     one, other = ([x[0], *x[1]] for x in parts)
     found = [

@@ -1,9 +1,11 @@
 """What the ranks of a test world do; called by name in every rank."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from longspan.trainer.data.samples import join
+from longspan.trainer.engine.checkpoint import load_engine, save_engine
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.settings import RunSettings
 from support.tiny import SEQUENCES, VOCAB, random_sample
@@ -27,3 +29,13 @@ def train(run: RunSettings, steps: int = 4) -> list[tuple[float, float]]:
     """Loss and gradient norm of the first steps from scratch."""
     engine = Engine(run, run.stages[0], VOCAB)
     return [take_step(engine, step) for step in range(steps)]
+
+
+def train_and_resume(run: RunSettings, folder: Path, steps: int = 4) -> list[tuple[float, float]]:
+    """The same, through a checkpoint after half of the steps."""
+    engine = Engine(run, run.stages[0], VOCAB)
+    half = [take_step(engine, step) for step in range(steps // 2)]
+    save_engine(engine, folder)
+    engine = Engine(run, run.stages[0], VOCAB)
+    assert load_engine(engine, folder, optimizer=True) == []
+    return half + [take_step(engine, step) for step in range(steps // 2, steps)]

@@ -108,3 +108,26 @@ def run(layer: Attention, given: Inputs, ctx: Context) -> tuple[Tensor, list[Ten
     leaves = given.leaves()
     out = layer(leaves[0], *leaves[1:], ctx)
     return out.detach(), gradients(out, given.dout, [*leaves, *layer.parameters()])
+
+
+def halves(where: Site, given: Inputs) -> list[tuple[Site, Inputs]]:
+    """Two tensor ranks: where each works, and its heads of what goes in."""
+    heads, groups = where.heads // 2, where.groups // 2
+    found = []
+    for rank in range(2):
+        at, group = (
+            slice(rank * heads, (rank + 1) * heads),
+            slice(rank * groups, (rank + 1) * groups),
+        )
+        own = {"first_head": rank * heads, "all_heads": where.heads}
+        half = site(heads, groups, where.dim, where.hidden, where.dtype, **own)
+        q, k, v = given.q[:, at], given.k[:, group], given.v[:, group]
+        found.append((half, Inputs(given.hidden, q, k, v, given.dout[:, at])))
+    return found
+
+
+def assert_all_close(got, want, atol=1e-9) -> None:
+    """Tensors are as expected one by one, and there are some."""
+    assert len(got) == len(want) > 0 and not any(x is None for x in [*got, *want])
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=atol, rtol=0)

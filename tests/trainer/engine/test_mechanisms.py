@@ -1,7 +1,7 @@
 """Every mechanism through megatron's own schedule: all layouts compute what one rank computes."""
 
 import pytest
-from support.cases import train
+from support.cases import train, train_and_resume
 from support.mechanism_cases import MECHANISMS
 from support.tiny import tiny_run
 
@@ -17,6 +17,14 @@ def relative(found, expected):
     """Largest relative difference over losses and norms."""
     pairs = zip(found, expected, strict=True)
     return max(abs(a - b) / abs(b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_resumed_run_is_bit_equal(worlds, tmp_path, name):
+    run = tiny_run(stage__attention=MECHANISMS[name])
+    (tmp_path / "shards").mkdir()
+    want = worlds(1).run(train, run)
+    assert worlds(1).run(train_and_resume, run, tmp_path / "shards") == want
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
