@@ -49,7 +49,7 @@ INDEXER: dict[str, Any] = {
     "block": 32,
     "count": 16,
     "local": 1,
-    "heads": 4,
+    "heads": 2,
     "dim": 16,
 }
 MECHANISMS: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def recipe(name: str) -> str:
         stages = [stage("stretch", DENSE, "400K"), stage("gate", mechanism, "200K", "selection")]
     if name == "indexer":
         warm = {**mechanism, "attend": "dense"}
-        stages = [stage("warm_up", warm, "160K", "selection"), *stages]
+        stages = [stage("warm_up", warm, "80K", "selection"), *stages]
     return TEMPLATE.format(base="attention", summary=summary, stages="".join(stages))
 
 
