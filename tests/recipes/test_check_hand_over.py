@@ -23,7 +23,7 @@ def problems(recipe, *changes):
     ("change", "path"),
     [
         ("mechanism.dim=32", "mechanism.dim"),
-        ("mechanism.heads=2", "mechanism.heads"),
+        ("mechanism.heads=4", "mechanism.heads"),
         ("mechanism.share=kv_head", "mechanism.share"),
     ],
 )
