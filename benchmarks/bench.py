@@ -118,20 +118,20 @@ class Bench:
         """`attend` and its backward; by the table's choice or by a backend's name."""
         inputs = self.q, self.k, self.v
         asked = name.removeprefix("longspan").strip()
-        kept: dict[int, Any] = {}
+        kept: dict[Any, Any] = {}
 
         def forward() -> tuple[Tensor, Tensor]:
             if blocks is not None:
-                blocks.inverses.clear()
+                blocks.made.clear()
             given = attend(*inputs, reach, blocks, scale=self.scale)
             if blocks is not None:
-                kept.update(blocks.inverses)
+                kept.update(blocks.made)
             return given
 
         def backward(given: tuple[Tensor, Tensor]) -> Any:
             if blocks is not None:  # each pays for what its forward has not left behind
-                blocks.inverses.clear()
-                blocks.inverses.update(kept)
+                blocks.made.clear()
+                blocks.made.update(kept)
             return attend_backward(self.dout, *inputs, *given, reach, blocks, scale=self.scale)
 
         within = partial(use, asked) if asked else nullcontext

@@ -22,6 +22,7 @@ from longspan.attention.layer import Attention
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.trainer.data.samples import Sample
 from longspan.trainer.engine.engine import Engine
+from longspan.trainer.platform import set_up
 from longspan.trainer.settings import RunSettings
 
 VOCAB = 4096
@@ -126,7 +127,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write the result with what it ran on."""
     args = arguments()
-    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    set_up(0, 1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     result = {
         "rows": measure(args),

@@ -6,9 +6,10 @@ separately), N blocks per choice, P = C * Q * N choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .cuda.invert import fits, invert
 from .cuda.standing import serves
 from .grid import Grid
 from .mirror import Mirror
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +116,17 @@ class Blocks:
         Args:
             heads: How many block heads to tell apart: a divisor of their number.
         """
-        made = self.inverses.get(heads)
-        if made is None:
-            made = self.inverses[heads] = Inverse.of(self, heads)
-        return made
+        return self.once(("inverse", heads), lambda: Inverse.of(self, heads))
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` makes, made once for each key."""
+        if key not in self.made:
+            self.made[key] = make()
+        return cast(Made, self.made[key])
 
     @cached_property
-    def inverses(self) -> dict[int, Inverse]:
-        """Those made so far."""
+    def made(self) -> dict[Hashable, Any]:
+        """What was made so far."""
         return {}
 
 

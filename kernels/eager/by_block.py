@@ -181,6 +181,6 @@ def _scores(
     if bias_SH is not None:
         bias_HB = bias_SH[visit.keys, at.heads(bias_SH.shape[1])].T.to(scores_gXB.dtype)
         scores_gMRB += bias_HB.unflatten(0, (len(scores_gXB), 1, -1))
-    if len(visit.mask_LS):
+    if visit.mask_LS is not None:
         scores_gMRB[:, : len(visit.mask_LS)] += visit.mask_LS[:, None]
     return scores_gXB, slope_gXB

@@ -1,6 +1,7 @@
 """Visits: the choices of `Blocks`, key block by key block, as pieces over gathered rows.
 
-Shapes: T query rows, B blocks of the grid, C block heads, P choices; M rows of a visit.
+Shapes: T query rows, B blocks of the grid, C block heads, P choices; M rows of a visit, L of them
+that see only a part of the block, S keys of the largest block.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from ..reach import Reach
-from .dense import mask
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,14 @@ class Visit:
         rows_M: Their numbers; first those that see only a part of the block.
         keys: The block's keys.
         block_head: Which of the block heads.
-        mask_LS: Added to the scores of the first L rows: 0 where visible, -inf elsewhere.
+        mask_LS: Added to the scores of the first L rows: 0 where visible, -inf elsewhere; None
+            if all rows see the whole block.
     """
 
     rows_M: Tensor
     keys: slice
     block_head: int
-    mask_LS: Tensor
+    mask_LS: Tensor | None
 
 
 def visits(reach: Reach, blocks: Blocks, like: Tensor, most: int) -> Iterator[Visit]:
@@ -38,31 +39,67 @@ def visits(reach: Reach, blocks: Blocks, like: Tensor, most: int) -> Iterator[Vi
 
     Waits for the device, before the first and not again.
     """
-    device, count = like.device, len(blocks.grid)
-    starts_B1 = blocks.grid.mirror.on(device)
-    first_T, last_T = reach.first.on(device), reach.last.on(device)
-    row_P, key_P = _choices(blocks)
-    begin_P, end_P = starts_B1[key_P % count], starts_B1[key_P % count + 1]
-    first_P, last_P = first_T[row_P], last_T[row_P]
-    whole_P = (first_P <= begin_P) & (end_P <= last_P) & (begin_P < end_P)
-    partly_P = (torch.maximum(first_P, begin_P) < torch.minimum(last_P, end_P)) & ~whole_P
-    edges = torch.arange(blocks.ids_QCN.shape[1] * count + 1, device=device)
-    rows, cuts = zip(
-        *((row_P[p], torch.searchsorted(key_P[p], edges).tolist()) for p in (partly_P, whole_P)),
-        strict=True,
-    )
-    bounds = blocks.grid.starts_B1.tolist()
-    for at in range(len(edges) - 1):
-        partly_L, wholly = (r[c[at] : c[at + 1]] for r, c in zip(rows, cuts, strict=True))
-        if len(partly_L) + len(wholly) == 0:
-            continue
-        keys = slice(bounds[at % count], bounds[at % count + 1])
-        mask_LS = mask(first_T[partly_L], last_T[partly_L], keys, like)
-        rows_M = torch.cat([partly_L, wholly])
+    order = blocks.once(("order", reach), lambda: _Order.of(reach, blocks))
+    bounds, masks = blocks.grid.starts_B1.tolist(), _Masks(blocks.grid.largest, like)
+    for at, (first, last) in enumerate(zip(order.starts, order.starts[1:], strict=False)):
+        start, stop = bounds[at % len(blocks.grid)], bounds[at % len(blocks.grid) + 1]
         # Some blocks are chosen by every row: what a visit computes should stay in the caches.
-        for start in range(0, len(rows_M), most):
-            part = slice(start, start + most)
-            yield Visit(rows_M[part], keys, at // count, mask_LS[part])
+        for begin in range(first, last, most):
+            end, partly = min(begin + most, last), min(begin + most, order.wholly[at])
+            mask_LS = None
+            if begin < partly:
+                mask_LS = masks(order.sees_P2[begin:partly], stop - start)
+            yield Visit(order.row_P[begin:end], slice(start, stop), at // len(blocks.grid), mask_LS)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Visible choices by block head, then block; first the rows that see a part, then by row.
+
+    Attributes:
+        row_P: The row of each.
+        sees_P2: What it sees of its block: keys from and up to, counted from the block's first.
+        starts: Where the choices of each block begin, C * B + 1.
+        wholly: Where its rows begin that see all of it, C * B.
+    """
+
+    row_P: Tensor
+    sees_P2: Tensor
+    starts: list[int]
+    wholly: list[int]
+
+    @classmethod
+    def of(cls, reach: Reach, blocks: Blocks) -> _Order:
+        """The order; waits for the device."""
+        row_P, key_P = _choices(blocks)
+        count, device = len(blocks.grid), row_P.device
+        starts_B1 = blocks.grid.mirror.on(device)
+        begin_P, end_P = (starts_B1[n:][key_P % count] for n in (0, 1))
+        sees_P2 = torch.stack([reach.first.on(device)[row_P], reach.last.on(device)[row_P]], -1)
+        sees_P2 = torch.minimum(sees_P2, end_P[:, None]) - begin_P[:, None]
+        first_P, last_P = sees_P2.clamp_(min=0).unbind(-1)
+        whole_P = (first_P == 0) & (last_P == end_P - begin_P)
+        place_P = 2 * key_P + whole_P
+        place_P = place_P.masked_fill_(first_P >= last_P, 2 * blocks.ids_QCN.shape[1] * count)
+        place_P, order_P = place_P.sort(stable=True)
+        edges = torch.arange(2 * blocks.ids_QCN.shape[1] * count + 1, device=device)
+        cuts = torch.searchsorted(place_P, edges).tolist()
+        return cls(row_P[order_P], sees_P2[order_P], cuts[::2], cuts[1::2])
+
+
+class _Masks:
+    """Masks of partly seen blocks, looked up by row: one operation for each visit."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        hidden_SS = like.new_full((size + 1, size), float("-inf"))
+        # Row i hides the keys from i on, or those before i.
+        self._after, self._before = hidden_SS.triu(), hidden_SS.tril(-1)
+
+    def __call__(self, sees_L2: Tensor, size: int) -> Tensor:
+        """The masks [L, S] of rows that see these keys of a block."""
+        first_L, last_L = sees_L2.unbind(-1)
+        mask_LS = self._after[:, :size].index_select(0, last_L)
+        return mask_LS.add_(self._before[:, :size].index_select(0, first_L))
 
 
 def _choices(blocks: Blocks) -> tuple[Tensor, Tensor]:
