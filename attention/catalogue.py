@@ -20,9 +20,6 @@ from .mechanism_settings import (
     WindowSettings,
 )
 
-OVER_CONTEXT = ("dense", "window")
-"""Kinds that run over context ranks so far."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -35,6 +32,7 @@ class Entry:
         work: How its work grows.
         selection: How the keys of a query are found.
         generates: Whether it can continue a text.
+        context: Whether it runs over context ranks.
     """
 
     kind: str
@@ -43,6 +41,7 @@ class Entry:
     work: str
     selection: str
     generates: str = "yes"
+    context: str = "yes"
 
 
 ENTRIES = (
@@ -84,6 +83,7 @@ ENTRIES = (
         "N^2 in training; N^2 / block + N count block in evaluations",
         "learned from attention's map, the model stands still",
         "yes; form block, which is not causal: no",
+        "form token",
     ),
     Entry(
         "indexer",
@@ -107,7 +107,7 @@ def catalogue() -> Table:
     table.add_column("arXiv", overflow="fold", max_width=20)
     for entry in ENTRIES:
         # Documents, grouped heads, tensor and pipeline ranks are what every mechanism is held to.
-        supported = ["yes"] * 4 + ["yes" if entry.kind in OVER_CONTEXT else "no"]
+        supported = ["yes"] * 4 + [entry.context]
         found = (entry.kind, entry.parameters, entry.work, entry.selection)
         table.add_row(*found, *supported, entry.generates, entry.source)
     return table

@@ -1,7 +1,8 @@
 """Context: what a mechanism knows about the micro-batch that it works on.
 
-Shapes: T query rows of this rank, S keys (those of the same tokens, but for generation, where the
-queries are the last tokens), H query heads, G key-value heads, D key dim, V value dim, E channels.
+Shapes: T query rows of this rank, S its keys (those of the same tokens, but for generation, where
+the queries are the last tokens), H query heads, G key-value heads, D key dim, V value dim, E
+channels.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Context:
         blocks: Blocks | None = None,
         *,
         sinks: bool = True,
+        here: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Attention over the whole sequence, see `Exchange.attend`, with the layer's options.
 
@@ -85,10 +87,16 @@ class Context:
             reach: The keys that each query sees.
             blocks: The blocks that each query chose; None for all.
             sinks: False leaves the learned sinks out.
+            here: Whether every rank has all of these keys.
         """
         sink_H = self.sink_H if sinks else None
         scale = self.scale_of(q_THD)
-        return self.cp.attend(q_THD, k_SGD, v_SGV, reach, blocks, scale=scale, sink_H=sink_H)
+        how = {"scale": scale, "sink_H": sink_H, "here": here}
+        return self.cp.attend(q_THD, k_SGD, v_SGV, reach, blocks, **how)
+
+    def gather(self, x_T: Tensor) -> Tensor:
+        """The tokens of all ranks; what one rank, or a cache, has of them is all of them."""
+        return self.cp.gather(x_T)
 
     def scale_of(self, q_THD: Tensor) -> float:
         """The scale of the scores."""

@@ -89,6 +89,7 @@ class Indexer(nn.Module):
             norm = wide(self.key_norm), wide(self.key_bias)
             k_SI = layer_norm(k_SI, (settings.dim,), *norm, EPSILON).to(hidden_SE.dtype)
             k_S1I = self._turned(k_SI, "T" if ctx.positions_S is ctx.positions_T else "S", ctx)
+            k_S1I = ctx.gather(k_S1I)
             weight_TCJ = None
             if self.weight is not None:
                 weight_TCJ = linear(hidden_TE, self.weight).unflatten(1, shape)

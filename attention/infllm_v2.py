@@ -75,7 +75,7 @@ class InfllmV2(nn.Module):
 
     def _choose(self, q_THD: Tensor, k_SGD: Tensor, reach: Reach, ctx: Context) -> Blocks:
         """The blocks that the queries choose, from keys that have turned."""
-        settings, documents = self.settings, ctx.documents
+        settings, documents, k_SGD = self.settings, ctx.documents, ctx.gather(k_SGD)
         length, stride, coarse = settings.compress_length, settings.compress_stride, settings.coarse
 
         def pooled(times: int) -> Pooled:

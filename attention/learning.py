@@ -37,7 +37,7 @@ def map_to_learn(
         folds: How heads become one, and the keys of a block.
         reduce: Folds over the tensor ranks; see `AttentionMap`.
     """
-    q_THD, k_SGD, lse_TH = q_THD.detach(), k_SGD.detach(), lse_TH.detach()
+    q_THD, k_SGD, lse_TH = q_THD.detach(), ctx.gather(k_SGD.detach()), lse_TH.detach()
     scoring = Scoring(ctx.scale_of(q_THD))
     return AttentionMap(q_THD, k_SGD, lse_TH, scoring, maps, *folds, reduce=reduce)
 

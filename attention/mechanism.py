@@ -27,7 +27,7 @@ from .window import Window
 class Mechanism(Protocol):
     """An `nn.Module` that decides which keys each query sees; it knows nothing of ranks.
 
-    Queries are those of all tokens, or in generation those of the last ones.
+    Queries and keys are those of this rank's tokens; in generation queries are the last ones'.
 
     Attributes:
         needs_hidden: Whether it reads the layer's normalised input.

@@ -71,7 +71,7 @@ class Nsa(nn.Module):
         k_PGD, v_PGD = self._compressed(*far, ctx)
         seen = ctx.documents.windows_seen(*self._windows)
         # A sink would take probability from the windows, and there is no token behind it to choose.
-        compressed_THD, lse_TH = ctx.attend(q_THD, k_PGD, v_PGD, seen, sinks=False)
+        compressed_THD, lse_TH = ctx.attend(q_THD, k_PGD, v_PGD, seen, sinks=False, here=True)
         blocks = ctx.choose("nsa", lambda: self._choose(q_THD, k_PGD, lse_TH, ctx))
         ctx.look(q_THD, turned_SGD, in_blocks(blocks))
         chosen_THD, _ = ctx.attend(q_THD, turned_SGD, v_SGV, ctx.reach, blocks)
@@ -100,6 +100,7 @@ class Nsa(nn.Module):
 
     def _compressed(self, k_SGD: Tensor, v_SGD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Compressed keys, turned, and values, [P, G, D] each."""
+        k_SGD, v_SGD = ctx.gather(k_SGD), ctx.gather(v_SGD)
         k_PGD, v_PGD = self.keys(k_SGD, ctx.documents), self.values(v_SGD, ctx.documents)
         if self.settings.compress_after_rope:
             return k_PGD, v_PGD

@@ -97,7 +97,7 @@ class Seer(nn.Module):
             )
         windows = _windows(documents, block)
         with torch.set_grad_enabled(ctx.learns):
-            q_THD, k_SGD = q_THD.detach(), k_SGD.detach()
+            q_THD, k_SGD = q_THD.detach(), ctx.gather(k_SGD.detach())
             k_BGX = torch.cat([pool(k_SGD, windows, how) for how in ("max", "min", "mean")], -1)
             k_BGI = torch.einsum("bgx,gix->bgi", k_BGX, self.key)
             by_block = ctx.turning(f"blocks of {block}", lambda: _places(documents, block), k_BGI)

@@ -64,7 +64,7 @@ class ShardedHeads(nn.Module):
         # One gather for all shards: its gradient is one sum instead of one per shard.
         index_N = far.keys.on(device)
         k_of, v_of = (x.flatten(0, 1).index_select(0, index_N).split(far.sizes)
-                      for x in (k_SGD, v_SGV))  # fmt: skip
+                      for x in (ctx.gather(k_SGD), ctx.gather(v_SGV)))  # fmt: skip
         heads = [len(shard.heads) for shard in self.shards]
         q_of = q_THD.index_select(1, far.order.on(device)).split(heads, 1)
         parts = [
@@ -74,6 +74,7 @@ class ShardedHeads(nn.Module):
                 v_NV.view(-1, len(shard.groups), v_NV.shape[1]),
                 reach,
                 sinks=False,
+                here=True,
             )
             for shard, reach, q_TRD, k_ND, v_NV in zip(
                 self.shards, far.reaches, q_of, k_of, v_of, strict=True

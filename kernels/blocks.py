@@ -78,7 +78,23 @@ class Blocks:
 
     def keys(self, index_S: Tensor) -> Blocks:
         """The same choices over local keys only; see `Grid.keys`."""
-        return Blocks(self.ids_QCN, self.grid.keys(index_S), self.query_starts)
+        return self.over(self.grid.keys(index_S))
+
+    def over(self, grid: Grid) -> Blocks:
+        """The same choices over another grid of as many blocks."""
+        return Blocks(self.ids_QCN, grid, self.query_starts)
+
+    def of_rows(self, rows: slice) -> Blocks:
+        """The choices of some query rows.
+
+        Raises:
+            ValueError: Rows that do not choose for themselves, unless these are all.
+        """
+        if rows == slice(0, self.rows):
+            return self
+        if self.query_starts is not None:
+            raise ValueError("rows that choose in groups cannot be told apart")
+        return Blocks(self.ids_QCN[rows], self.grid)
 
     @property
     def rows(self) -> int:

@@ -17,6 +17,7 @@ from ..kernels.blocks import Blocks
 from ..kernels.reach import Reach
 from ..kernels.scoring import Gradients
 from .all_gather import AllGather
+from .gathering import Gathering, gather
 from .layout import Layout
 from .ring import Ring
 from .seen import Seen
@@ -79,8 +80,19 @@ class Local:
 class Exchange:
     """Attention over a sequence that is spread over ranks; with one rank, local and free."""
 
-    def __init__(self, method: Method) -> None:
-        self._method = method
+    def __init__(self, method: Method, gathering: Gathering | None = None) -> None:
+        self._method, self._gathering = method, gathering
+        self._here = Local()
+
+    def gather(self, x_T: Tensor) -> Tensor:
+        """All ranks' tokens in global order, [S, ...].
+
+        Differentiable: the gradients of a token are summed over the ranks.
+
+        Args:
+            x_T: One entry for each of the rank's tokens.
+        """
+        return x_T if self._gathering is None else gather(x_T, self._gathering)
 
     def attend(
         self,
@@ -92,6 +104,7 @@ class Exchange:
         *,
         scale: float,
         sink_H: Tensor | None = None,
+        here: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Exact attention over the whole sequence: local queries in, local output out.
 
@@ -105,11 +118,13 @@ class Exchange:
             blocks: The blocks that each local query chose; None for all that it reaches.
             scale: Of the scores.
             sink_H: The score of one more key per head, with value 0.
+            here: Whether every rank has all of these keys, and the reach counts them.
 
         Returns:
             The output [T, H, V] in the queries' dtype, and its lse [T, H].
         """
-        return _Attend.apply(q_THD, k_TGD, v_TGV, sink_H, self._method, reach, blocks, scale)
+        method = self._here if here else self._method
+        return _Attend.apply(q_THD, k_TGD, v_TGV, sink_H, method, reach, blocks, scale)
 
 
 def make_exchange(
@@ -126,7 +141,9 @@ def make_exchange(
     if layout.ranks == 1:
         return Exchange(Local())
     assert transport is not None and transport.size == layout.ranks, (layout.ranks, transport)
-    return Exchange(Ring(layout, transport) if kind == "ring" else AllGather(layout, transport))
+    gathering = Gathering(layout, transport)
+    method = Ring(layout, transport) if kind == "ring" else AllGather(gathering)
+    return Exchange(method, gathering)
 
 
 class _Attend(torch.autograd.Function):

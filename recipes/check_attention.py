@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..attention.catalogue import OVER_CONTEXT
 from ..attention.layer_settings import AttentionSettings, LayerRule
 from ..attention.mechanism_settings import DenseSettings, learns_by_itself
 from ..errors import Problem
@@ -39,7 +38,6 @@ def check_attention(model: ModelSettings, stage: StageSettings, at: str) -> Iter
     if stage.trainable == "all" and "seer" in kinds:
         expected = "selection: the gate of seer learns from a model that stands still"
         yield Problem(f"{at}.trainable", "all", expected, "trainable: selection")
-    yield from _check_context(stage, kinds, at)
 
 
 def warn_of_attention(model: ModelSettings, stages: tuple[StageSettings, ...]) -> Iterator[str]:
@@ -125,11 +123,3 @@ def _check_options(stage: StageSettings, kinds: set[str], at: str) -> Iterator[P
         expected = f"less than the stage's length ({stage.length}): up to there nothing grows"
         fix = "a smaller log_scale_from, or none in this stage"
         yield Problem(f"{at}.log_scale_from", str(start), expected, fix)
-
-
-def _check_context(stage: StageSettings, kinds: set[str], at: str) -> Iterator[Problem]:
-    context, alone = stage.parallel.context, sorted(kinds - set(OVER_CONTEXT))
-    if context > 1 and alone:
-        runs = " and ".join(OVER_CONTEXT)
-        expected = f"1 with {', '.join(alone)}: over context ranks only {runs} run so far"
-        yield Problem(f"{at}.parallel.context", str(context), expected, "context: 1")

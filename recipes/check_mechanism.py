@@ -181,6 +181,9 @@ def _check_sharded_heads(
 
 
 def _check_seer(mechanism: SeerSettings, stage: StageSettings, at: str) -> Iterator[Problem]:
+    if mechanism.form == "block" and stage.parallel.context > 1:
+        expected = "token: the queries of a block may be on several context ranks"
+        yield Problem(f"{at}.form", "block", expected, "form: token, or parallel.context: 1")
     if mechanism.dim % 2:
         expected = "an even number: channels turn in pairs"
         yield Problem(f"{at}.dim", str(mechanism.dim), expected, around("dim", mechanism.dim, 2))

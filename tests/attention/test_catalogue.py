@@ -3,7 +3,7 @@
 from typing import get_args
 
 import pytest
-from longspan.attention.catalogue import ENTRIES, OVER_CONTEXT, mechanism_words, words
+from longspan.attention.catalogue import ENTRIES, mechanism_words, words
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.mechanism_settings import MechanismSettings
 from longspan.attention.parameters import LayerShape, added_parameters
@@ -18,7 +18,6 @@ def attention(**settings) -> AttentionSettings:
 
 def test_every_mechanism_is_in_the_catalogue():
     assert [entry.kind for entry in ENTRIES] == [get_args(kind)[0] for kind in KINDS]
-    assert set(OVER_CONTEXT) <= {entry.kind for entry in ENTRIES}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.kind)

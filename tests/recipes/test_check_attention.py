@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from longspan.attention.catalogue import ENTRIES, OVER_CONTEXT
+from longspan.attention.catalogue import ENTRIES
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.attention.mechanism_settings import HisaSettings
 from longspan.errors import RecipeError
@@ -295,15 +295,11 @@ def test_over_context_ranks_the_catalogue_is_right(entry):
         changes.pop()
     changes += [LEARNS] if entry.kind in ("seer", "indexer") else []
     changes += ["model.heads=12", "model.query_groups=4"]
-    if entry.kind in OVER_CONTEXT:
-        check(*changes)
-        return
-    found = problems(*changes)
-    assert list(found) == ["parallel.context"]
-    assert (
-        f"1 with {entry.kind}: over context ranks only dense and window"
-        in found["parallel.context"]
-    )
+    check(*changes)
+    if entry.context != "yes":
+        assert entry.context == "form token"
+        found = problems(*changes, "stages.1.attention.mechanism.form=block")
+        assert "token: the queries of a block" in found["attention.mechanism.form"]
 
 
 @pytest.mark.parametrize(

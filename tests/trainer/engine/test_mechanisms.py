@@ -10,6 +10,8 @@ LAYOUTS = {
     "tp2_sp": (2, {"tensor": 2, "sequence": True}),
     "pp2": (2, {"pipeline": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"context": 2, "exchange": "all_gather"}),
+    "cp2_ring": (2, {"context": 2, "exchange": "ring", "layout": "contiguous"}),
 }
 
 
