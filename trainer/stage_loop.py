@@ -31,6 +31,7 @@ class _Pending:
     begun: float
     cursor: Cursor
     probe: Probe | None
+    context_bytes: int
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ class StageLoop:
             key = (self.run.seed, self.stage.name, cursor.stage_step)
             batches = self._micro_batches(cursor.next_sample)
             probe = self._probe(cursor.step + 1)
+            self.engine.traffic.take()  # an evaluation may have been between
             sums = self.engine.train_step(batches, lr, self.stop.requested, key, probe)
+            sent = self.engine.traffic.take()
             if pending is not None:
                 self._report(pending, begun)
             cursor = self._after_step(cursor)
-            pending = _Pending(sums, lr, begun, cursor, probe)
+            pending = _Pending(sums, lr, begun, cursor, probe, sent)
             ended = cursor.stage_step == self.plan.steps
             save = cursor.step % self.run.checkpoint.every == 0
             every = self.run.evaluation.every
@@ -172,6 +175,7 @@ class StageLoop:
                 losses=pending.sums.noted(),
                 tflops_per_s=flops / seconds / 1e12,
                 mfu=None if self._peak is None else flops / seconds / self._peak,
+                context_bytes=pending.context_bytes,
             )
         )
         if pending.probe is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from longspan.attention.settings import RopeSettings
+from longspan.parallel.volume import volume_of
 from longspan.recipes.loading import load_recipe
 from longspan.trainer.observe.events import read_events
 
@@ -89,6 +90,19 @@ def test_attention_is_measured_where_a_rank_has_all_keys(straight):
     assert [look["step"] for look in looks] == [4, 8]
     for layer in (layer for look in looks for layer in look["layers"]):
         assert 0 < layer["entropy"] < 5 and 0 < layer["sink_share"] <= 1
+
+
+def test_a_step_reports_what_its_ranks_sent(straight):
+    recipe = load_recipe("smoke")
+    stage, model = recipe.stages[1], recipe.model
+    tokens = stage.length * stage.micro_batch // stage.parallel.context
+    assert model.hidden is not None and model.heads is not None
+    numbers = 2 * (model.query_groups or model.heads) * (model.hidden // model.heads)
+    of_layer = sum(volume_of(stage.parallel, tokens, numbers, wire=4))
+    micro_batches = stage.batch_tokens // (stage.length * stage.micro_batch)
+    events = [e for e in read_events(straight[0] / "events.jsonl") if e["event"] == "step"]
+    want = [0] * 8 + [model.layers * of_layer * micro_batches] * 8
+    assert [event["context_bytes"] for event in events] == want
 
 
 def test_nothing_is_left_of_old_or_unfinished_checkpoints(straight):

@@ -22,6 +22,7 @@ from ...attention.probe import Probe
 from ...attention.rope import Rope
 from ...parallel.exchange import make_exchange
 from ...parallel.layout import make_layout
+from ...parallel.traffic import CountedTransport, Traffic
 from ...parallel.transport import DistributedTransport
 from ..data.samples import Sample
 from ..flops import peak_flops
@@ -63,6 +64,7 @@ class Engine:
         self.config.finalize_model_grads_func = finalize_model_grads
         self.reporting = is_reporting_rank(self.groups)
         self.tokens_per_batch = stage.length * stage.micro_batch
+        self.traffic = Traffic()
         self._builders: dict[int, BatchBuilder] = {}
         self.chunk: Any = self.model
         self.optimizer: Optimizer | None = None
@@ -103,10 +105,11 @@ class Engine:
         if tokens not in self._builders:
             parallel, group = self.stage.parallel, self.groups.cp
             layout = make_layout(parallel.layout, tokens, parallel.context)
+            transport = CountedTransport(DistributedTransport(group), self.traffic)
             self._builders[tokens] = BatchBuilder(
                 layout,
                 group.rank(),
-                make_exchange(parallel.exchange, layout, DistributedTransport(group)),
+                make_exchange(parallel.exchange, layout, transport),
                 Rope(self.stage.rope, self.stage.length),
                 self.device,
                 (self.run.seed, self.stage.name),

@@ -28,6 +28,7 @@ class StepMetrics:
         tflops_per_s: 10^12 operations that the model needs for the step's documents (nothing that
             is computed again), over its time, all ranks together.
         mfu: Their share of what the GPUs could do at most; None where that is not known.
+        context_bytes: What this rank sent to the other context ranks for it.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepMetrics:
     losses: Mapping[str, float] = field(default_factory=dict)
     tflops_per_s: float = 0.0
     mfu: float | None = None
+    context_bytes: int = 0
 
 
 class Sink:

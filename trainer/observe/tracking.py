@@ -125,6 +125,7 @@ class Tracking(Sink):
         self._tokens = metrics.tokens
         fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "tflops_per_s"]
         fields += ["mfu"] if metrics.mfu is not None else []
+        fields += ["context_bytes"] if metrics.context_bytes else []
         values = {field: getattr(metrics, field) for field in fields} | dict(metrics.losses)
         values = {f"train/{field}": value for field, value in values.items()}
         self._send("log", {"step": metrics.step, "tokens": metrics.tokens, **values})

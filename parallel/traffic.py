@@ -1,0 +1,75 @@
+"""Traffic: what a rank sends to the other context ranks, message by message.
+
+Collectives are counted as rings do them: of P equal parts every rank passes on P - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .transport import Handle, Transport
+
+
+@dataclass(frozen=True)
+class Message:
+    """One transfer.
+
+    Attributes:
+        kind: `shift`, `all_gather` or `reduce_scatter`.
+        size: Bytes that this rank sends.
+    """
+
+    kind: str
+    size: int
+
+
+@dataclass
+class Traffic:
+    """What was sent since the last look.
+
+    Attributes:
+        messages: In the order in which they were sent.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+
+    def take(self) -> int:
+        """Bytes sent since the last call."""
+        size = sum(message.size for message in self.messages)
+        self.messages.clear()
+        return size
+
+
+class CountedTransport:
+    """Another transport, whose messages are counted; see `Transport`.
+
+    Args:
+        inner: What moves the tensors.
+        traffic: Where messages are noted.
+    """
+
+    def __init__(self, inner: Transport, traffic: Traffic) -> None:
+        self._inner, self.traffic = inner, traffic
+        self.rank, self.size = inner.rank, inner.size
+
+    def shift(self, tensors: Sequence[Tensor]) -> Handle:
+        """See `Transport`."""
+        for tensor in tensors:
+            self._note("shift", tensor.nbytes)
+        return self._inner.shift(tensors)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """See `Transport`."""
+        self._note("all_gather", (self.size - 1) * tensor.nbytes)
+        return self._inner.all_gather(tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """See `Transport`."""
+        self._note("reduce_scatter", (self.size - 1) * tensor[0].nbytes)
+        return self._inner.reduce_scatter(tensor)
+
+    def _note(self, kind: str, size: int) -> None:
+        self.traffic.messages.append(Message(kind, size))
