@@ -147,7 +147,7 @@ class Context:
         """
         if self.probe is not None:
             how = self.reach, self.scale_of(q_THD), self.sink_H, chosen, self.weights_T
-            self.probe.look(self.layer, q_THD, k_SGD, *how)
+            self.probe.look(self.layer, q_THD, self.gather(k_SGD), *how)
 
     def measure(self, measure: str, value: Tensor) -> None:
         """Have the probe, if there is one, note the mean of a value; see `MEASURES`."""

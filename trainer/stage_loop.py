@@ -115,8 +115,7 @@ class StageLoop:
     def _probe(self, step: int) -> Probe | None:
         """What measures a step's attention, where it is due."""
         settings = self.run.telemetry
-        # Over context ranks no rank has all the keys that a query might see.
-        if not settings.every or step % settings.every or self.stage.parallel.context > 1:
+        if not settings.every or step % settings.every:
             return None
         return Probe(self.run.model.layers, settings.rows, self.engine.device)
 
