@@ -8,7 +8,7 @@ V value dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -137,7 +137,8 @@ class Ring:
         """The shards in the order in which they arrive, planned once per reach."""
         shards = self._plans.get(reach)
         if shards is None:
-            locals_ = [reach.keys(index_S) for index_S in self._arriving()]
+            # A copy of each: what is kept for a reach must not keep the reach alive.
+            locals_ = [replace(reach.keys(index_S)) for index_S in self._arriving()]
             shards = [Shard(slice(0, len(reach)), locals_[0])]
             for local in locals_[1:]:
                 start, stop = local.span

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from longspan.kernels import reach as reach_module
@@ -168,3 +171,19 @@ def test_no_graph_no_memory():
     with torch.no_grad():
         out = exchange.attend(q, k, v, Reach.documents(DOCUMENTS), scale=SCALE)[0]
     assert out.grad_fn is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ring_forgets_what_it_planned_for_a_reach_that_is_gone(layout):
+    layout, (q, k, v, _) = make_layout(layout, LENGTH, 2), whole_tensors()
+
+    def is_gone(transport):
+        exchange, index = make_exchange("ring", layout, transport), layout.index(transport.rank)
+        reach = Reach.documents(DOCUMENTS).rows(index)
+        exchange.attend(q[index], k[index], v[index], reach, scale=SCALE)
+        known = weakref.ref(reach)
+        del reach
+        gc.collect()
+        return known() is None
+
+    assert simulate(2, is_gone) == [True, True]
