@@ -10,6 +10,7 @@ import pytest
 import torch
 from longspan.trainer.settings import RunSettings
 from support.cases import take_step
+from support.mechanism_cases import MECHANISMS
 from support.tiny import LENGTH, VOCAB, random_sample, tiny_run
 
 
@@ -59,11 +60,13 @@ RESHARDED = {
 
 
 @pytest.mark.parametrize("name", RESHARDED)
-def test_a_checkpoint_of_cp2_goes_on_under_any_layout(worlds, tmp_path, name):
-    cp2 = tiny_run(stage__parallel={"context": 2})
+@pytest.mark.parametrize("mechanism", ["dense", "nsa", "ssa", "indexer"])
+def test_a_checkpoint_of_cp2_goes_on_under_any_layout(worlds, tmp_path, name, mechanism):
+    attention = MECHANISMS[mechanism] if mechanism != "dense" else {}
+    cp2 = tiny_run(stage__attention=attention, stage__parallel={"context": 2})
     expected = worlds(2).run(save_then_go_on, cp2, str(tmp_path), 3)[0]
     ranks, parallel = RESHARDED[name]
-    run = tiny_run(stage__parallel=parallel)
+    run = tiny_run(stage__attention=attention, stage__parallel=parallel)
     found = worlds(ranks).run(load_and_go_on, run, str(tmp_path), 3)[0]
     assert found == expected if name == "cp2" else close(found, expected)
 
