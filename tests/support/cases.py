@@ -25,10 +25,10 @@ def take_step(engine: Engine, step: int, lr: float = 1e-2) -> tuple[float, float
     return sums["loss"] / sums["tokens"], math.sqrt(sums["square_norm"])
 
 
-def train(run: RunSettings, steps: int = 4) -> list[tuple[float, float]]:
+def train(run: RunSettings, steps: int = 4, lr: float = 1e-2) -> list[tuple[float, float]]:
     """Loss and gradient norm of the first steps from scratch."""
     engine = Engine(run, run.stages[0], VOCAB)
-    return [take_step(engine, step) for step in range(steps)]
+    return [take_step(engine, step, lr) for step in range(steps)]
 
 
 def train_and_resume(run: RunSettings, folder: Path, steps: int = 4) -> list[tuple[float, float]]:

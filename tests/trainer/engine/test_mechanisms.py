@@ -40,3 +40,18 @@ def test_every_layout_and_recompute_equal_one_rank(worlds, name):
         found = worlds(ranks).run(train, changed)
         assert all(result == found[0] for result in found), layout
         assert relative(found[0], want) < 1e-5, (layout, found[0], want)
+
+
+@pytest.mark.parametrize(("number", "name"), enumerate(MECHANISMS))
+def test_context_ranks_beside_others(worlds, number, name):
+    """Twenty steps where no keys are chosen, else four."""
+    attention = {"stage__attention": MECHANISMS[name]}
+    other = ("tensor", "pipeline")[number % 2]
+    parallel = {other: 2, "context": 2, "exchange": "ring"}
+    # A larger rate makes the last bit of a sum a percent of the loss in twenty steps.
+    how = (20, 1e-3) if name in ("dense", "window") else (4,)
+    want = worlds(1).run(train, tiny_run(**attention), *how)[0]
+    changed = tiny_run(**attention, recompute="full", stage__parallel=parallel)
+    found = worlds(4).run(train, changed, *how)
+    assert all(result == found[0] for result in found)
+    assert relative(found[0], want) < 1e-5, (found[0], want)
