@@ -5,20 +5,18 @@ Shapes: T query rows, S keys, P windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..kernels.grid import Grid
+from ..kernels.once import Once
 from ..kernels.reach import Reach
 from ..kernels.windows import Windows
 
-Made = TypeVar("Made")
 
-
-class Documents:
+class Documents(Once):
     """What is planned on the host once per micro-batch, on demand, and shared by all layers.
 
     Args:
@@ -35,7 +33,6 @@ class Documents:
     ) -> None:
         self.cu_seqlens = tuple(int(x) for x in cu_seqlens)
         self.index_T, self.final = index_T, final
-        self._made: dict[Hashable, Any] = {}
 
     @property
     def keys(self) -> int:
@@ -46,12 +43,6 @@ class Documents:
     def whole(self) -> bool:
         """Whether the query rows are all tokens."""
         return self.index_T is None
-
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` makes, made once for each key."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast(Made, self._made[key])
 
     def reach(self, window: int | None = None) -> Reach:
         """Causal attention inside each document, over at most `window` tokens."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from library import MECHANISMS
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.cache import default_cache
 from longspan.parallel.settings import ParallelSettings
@@ -56,26 +57,11 @@ stages:
     optimizer: {{lr: 1e-3, schedule: linear, warmup: 0.1}}
     attention: {attention}
 """
-INFLLM = {
-    "kind": "infllm_v2",
-    "block": 32,
-    "count": 7,
-    "local": 8,
-    "coarse": 0,
-    "dense_below": 512,
-}
 SSA = {"kind": "ssa", "block": 16, "count": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
-    "infllm_v2": INFLLM,
-    "nsa": {
-        "kind": "nsa",
-        "block": 32,
-        "count": 8,
-        "window": 256,
-        "compress": "mean",
-        "encode_position": "none",
-    },
+    "infllm_v2": MECHANISMS["infllm-v2"],
+    "nsa": MECHANISMS["nsa"],
     "ssa": SSA,
     "sparse_only": {**SSA, "align": 0, "sparse_share": 1.0},
 }

@@ -127,8 +127,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write the result with what it ran on."""
     args = arguments()
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    set_up(0, 1)
+    set_up(0, 1)  # as a run does
+    torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     result = {
         "rows": measure(args),

@@ -6,10 +6,9 @@ separately), N blocks per choice, P = C * Q * N choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +18,11 @@ from .cuda.invert import fits, invert
 from .cuda.standing import serves
 from .grid import Grid
 from .mirror import Mirror
-
-Made = TypeVar("Made")
+from .once import Once
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class Blocks(Once):
     """For each query group and block head a list of blocks; a query sees their union in its reach.
 
     Numbers of grid blocks and no ranges of keys: half the memory, duplicates are equal numbers,
@@ -133,17 +131,6 @@ class Blocks:
             heads: How many block heads to tell apart: a divisor of their number.
         """
         return self.once(("inverse", heads), lambda: Inverse.of(self, heads))
-
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` makes, made once for each key."""
-        if key not in self.made:
-            self.made[key] = make()
-        return cast(Made, self.made[key])
-
-    @cached_property
-    def made(self) -> dict[Hashable, Any]:
-        """What was made so far."""
-        return {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import os
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from longspan.attention.documents import Documents
 from longspan.attention.notes import Notes
-from longspan.attention.probe import Probe
+from longspan.attention.probe import MEASURES, Probe
 from longspan.parallel.exchange import make_exchange
 from longspan.parallel.layout import make_layout
 from longspan.parallel.simulation import simulate
@@ -45,8 +45,24 @@ def learned(layer):
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
 
 
+@dataclass
+class Passes:
+    """Choices of a pass without gradients; the rest of one with them."""
+
+    rows: list  # output, gradients of hidden, q, k, v
+    summed: list  # gradients of parameters, by the output and by losses of their own
+    notes: dict
+    chosen: dict
+    measured: torch.Tensor
+
+    def means(self):
+        """What the probe measured; the mean of the alignment is over a rank's own weights."""
+        at = [n for n, measure in enumerate(MEASURES) if measure != "alignment"]
+        return self.measured[0, at, 0] / self.measured[0, at, 1].clamp(min=1)
+
+
 def passes(layer, given, fresh):
-    """Choices of a pass without gradients; output, gradients and losses of one with them."""
+    """Two passes of a layer."""
     kept, notes = {}, Notes()
     with torch.no_grad():
         layer(given.hidden, given.q, given.k, given.v, fresh(kept=kept))
@@ -54,7 +70,7 @@ def passes(layer, given, fresh):
     probe = Probe(1, TOKENS, torch.device("cpu"))
     out, grads = run(layer, given, fresh(notes=notes, probe=probe))
     chosen = {name: blocks.ids_QCN for name, blocks in kept.items()}
-    return [out, *grads[:4]], grads[4:], learned(layer), notes.sums, chosen, probe
+    return Passes([out, *grads[:4]], [*grads[4:], *learned(layer)], notes.sums, chosen, probe.sums)
 
 
 def on_rank(transport, layer, given, cu, weights, kind, layout):
@@ -82,33 +98,28 @@ def rows_that_choose(name, cu):
     return torch.repeat_interleave(sizes >= below, sizes)
 
 
-def check(name, ranks, kind, layout_kind, cu):
+def one_and_many(name, ranks, kind, layout_kind, cu):
+    """By name what one rank computes, and what context ranks do together."""
     stage, where = dict(CASES[name]), site()
     layer = make(stage.pop("mechanism", {"kind": "dense"}), where, **stage)
-    given, weights = inputs(TOKENS, where), torch.rand(TOKENS).double()
+    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2)).double()
+    given = inputs(TOKENS, where)
     want = passes(layer, given, lambda **how: context(cu, weights_T=weights, **how))
     layout = make_layout(layout_kind, TOKENS, ranks)
     found = simulate(ranks, lambda t: on_rank(t, layer, given, cu, weights, kind, layout))
-    local, parameters, by_loss, notes, chosen, probes = zip(*found, strict=True)
-    one = want[5].table()[0]
-    want[5].sums = sum(probe.sums for probe in probes)
-    # Of a rank's rows: the alignment's mean is over its own weights.
-    measured = {name: value for name, value in one.items() if name != "alignment"}
-    got = {name: value for name, value in want[5].table()[0].items() if name != "alignment"}
-    assert got == pytest.approx(measured, abs=1e-10)
     index = torch.cat([layout.index(rank) for rank in range(ranks)])
-    order = index.argsort()
-    together = [torch.cat(parts)[order] for parts in zip(*local, strict=True)]
-    assert_all_close(together, want[0], atol=1e-10)
-    for got, expected in ((parameters, want[1]), (by_loss, want[2])):
-        for parts, one in zip(zip(*got, strict=True), expected, strict=True):
-            torch.testing.assert_close(sum(parts), one, atol=1e-10, rtol=0)
-    for label, pair in want[3].items():
-        total = sum(sums[label] for sums in notes)
-        torch.testing.assert_close(total, pair, atol=1e-10, rtol=1e-10)
-    order = index[rows_that_choose(name, cu)[index]].argsort() if want[4] else order
-    for label, ids in want[4].items():
-        assert torch.equal(torch.cat([one[label] for one in chosen])[order], ids), label
+    chose = index[rows_that_choose(name, cu)[index]] if want.chosen else index
+    together = Passes(
+        [torch.cat(parts)[index.argsort()] for parts in zip(*(x.rows for x in found), strict=True)],
+        [sum(parts) for parts in zip(*(x.summed for x in found), strict=True)],
+        {label: sum(x.notes[label] for x in found) for label in want.notes},
+        {
+            label: torch.cat([x.chosen[label] for x in found])[chose.argsort()]
+            for label in want.chosen
+        },
+        sum(x.measured for x in found),
+    )
+    return want, together
 
 
 def sampled(name, ranks):
@@ -124,4 +135,12 @@ def sampled(name, ranks):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_context_ranks_are_one_rank_in_fp64(name, ranks):
     for kind, layout_kind, cu in sampled(name, ranks):
-        check(name, ranks, kind, layout_kind, cu)
+        one, many = one_and_many(name, ranks, kind, layout_kind, cu)
+        assert_all_close(many.rows, one.rows, atol=1e-10)
+        for got, want in zip(many.summed, one.summed, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+        for label, want in one.notes.items():
+            torch.testing.assert_close(many.notes[label], want, atol=1e-10, rtol=1e-10)
+        for label, ids in one.chosen.items():
+            assert torch.equal(many.chosen[label], ids), label
+        torch.testing.assert_close(many.means(), one.means(), atol=1e-10, rtol=0)

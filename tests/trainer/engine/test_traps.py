@@ -168,3 +168,28 @@ def test_s9_a_weights_only_load_starts_from_zero_moments(worlds, tmp_path):
     again = worlds(1).run(load_and_go_on, tiny_run(), str(tmp_path), 3, False)[0]
     assert found == again
     assert all(norm < 10 for _, norm in found)
+
+
+def gathers_of_a_step(run):
+    """How often megatron gathers parameters in a step."""
+    from longspan.trainer.engine.engine import Engine
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    found, gather = [], buffers.dist_all_gather_func
+
+    def counted(*args, **options):
+        found.append(args)
+        return gather(*args, **options)
+
+    buffers.dist_all_gather_func = counted
+    try:
+        take_step(Engine(run, run.stages[0], VOCAB), 0)
+    finally:
+        buffers.dist_all_gather_func = gather
+    return len(found)
+
+
+def test_a_lone_data_rank_gathers_no_parameters(worlds):
+    """Through gloo that would be a copy by threads which slow down all others."""
+    assert worlds(1).run(gathers_of_a_step, tiny_run()) == [0]
+    assert min(worlds(2).run(gathers_of_a_step, tiny_run())) > 0
