@@ -52,7 +52,7 @@ class Gathering:
 
 
 def gather(x_T: Tensor, gathering: Gathering) -> Tensor:
-    """All ranks' tokens in global order; the gradient is summed over ranks in fp32."""
+    """All ranks' tokens in global order; gradients are summed in the accumulators' dtype."""
     return _Gather.apply(x_T, gathering)
 
 
