@@ -1,48 +1,81 @@
-"""All-gather: every rank gathers all keys and values in global order, then attends once.
+"""All-gather: every rank gathers the keys and values of one head after the other.
 
-Shapes: T local query rows (and local keys), S keys of the whole sequence, H query heads,
-G key-value heads, D key dim, V value dim.
+While a rank attends with the query heads of a key-value head, the next one is on its way; no rank
+has more than two of them whole.
+Shapes: T local query rows (and local keys), S keys of the whole sequence, H query heads, G
+key-value heads, D key dim, V value dim, R query heads of one key-value head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+
+import torch
 from torch import Tensor
 
-from ..kernels.attend import attend, attend_backward
 from ..kernels.scoring import Gradients
 from .gathering import Gathering
+from .heads import Share, split_heads
+from .method import Kept, Local
 from .seen import Seen
 
 
 class AllGather:
-    """The all-gather exchange over one layout; see `exchange.Method`."""
+    """The all-gather exchange over one layout; see `Method`."""
 
     def __init__(self, gathering: Gathering) -> None:
-        self._gathering = gathering
+        self._gathering, self._here = gathering, Local()
 
     def forward(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Kept]:
         """Output and lse over all keys."""
-        k_SGD, v_SGV = self._gathering.gather(k_TGD), self._gathering.gather(v_TGV)
-        how = {"scale": seen.scale, "sink_H": seen.sink_H}
-        return attend(q_THD, k_SGD, v_SGV, seen.reach, seen.blocks, **how)
+        outs, lses = [], []
+        for share, k_S1D, v_S1V in self._arrivals(q_THD, k_TGD, v_TGV):
+            of_head = seen.of(share, q_THD.shape[1], k_TGD.shape[1])
+            out, lse, _ = self._here.forward(q_THD[:, share.heads], k_S1D, v_S1V, of_head)
+            outs.append(out)
+            lses.append(lse)
+        out_THV, lse_TH = torch.cat(outs, 1), torch.cat(lses, 1)
+        return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
 
-    def backward(
-        self,
-        dout_THV: Tensor,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGV: Tensor,
-        out_THV: Tensor,
-        lse_TH: Tensor,
-        dlse_TH: Tensor | None,
-        seen: Seen,
-    ) -> Gradients:
-        """Gathers again; one reduce-scatter returns dk and dv to their owners."""
-        k_SGD, v_SGV = self._gathering.gather(k_TGD), self._gathering.gather(v_TGV)
-        given = dout_THV, q_THD, k_SGD, v_SGV, out_THV, lse_TH, seen.reach, seen.blocks
-        how = {"scale": seen.scale, "sink_H": seen.sink_H, "dlse_TH": dlse_TH}
-        grads = attend_backward(*given, **how)
-        dk_TGD, dv_TGV = self._gathering.scatter([grads.dk_SGD, grads.dv_SGV])
-        return grads._replace(dk_SGD=dk_TGD, dv_SGV=dv_TGV)
+    def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
+        """Gathers again; dk and dv of a head return while the next one is computed."""
+        q_THD, heads, groups = kept.q, kept.q.shape[1], kept.k.shape[1]
+        dqs, dsinks, owned = [], [], []
+        finish: Callable[[], list[Tensor]] | None = None
+        for share, k_S1D, v_S1V in self._arrivals(q_THD, kept.k, kept.v):
+            some = share.heads
+            given = q_THD[:, some], k_S1D, v_S1V, kept.out[:, some], kept.lse[:, some]
+            dlse_TR = None if dlse_TH is None else dlse_TH[:, some]
+            of_head = Kept(*given, kept.seen.of(share, heads, groups))
+            grads = self._here.backward(dout_THV[:, some], dlse_TR, of_head)
+            dqs.append(grads.dq_THD)
+            dsinks.append(grads.dsink_H)
+            if finish is not None:
+                owned.append(finish())
+            finish = self._gathering.start_sum([grads.dk_SGD, grads.dv_SGV])
+        assert finish is not None
+        owned.append(finish())
+        dk_TGD, dv_TGV = (torch.cat(parts, 1) for parts in zip(*owned, strict=True))
+        dsink_H = None if kept.seen.sink_H is None else torch.cat(dsinks)
+        return Gradients(torch.cat(dqs, 1), dk_TGD, dv_TGV, dsink_H)
+
+    def _arrivals(
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor
+    ) -> Iterator[tuple[Share, Tensor, Tensor]]:
+        """Each key-value head with its query heads, its keys and its values."""
+        groups, widths = k_TGD.shape[1], [k_TGD.shape[2], v_TGV.shape[2]]
+        shares = split_heads(q_THD.shape[1], groups, groups)
+
+        def start(share: Share) -> Callable[[], Tensor]:
+            both = torch.cat([k_TGD[:, share.groups], v_TGV[:, share.groups]], -1)
+            return self._gathering.start(both)
+
+        finish = start(shares[0])
+        for share, following in zip_longest(shares, shares[1:]):
+            k_S1D, v_S1V = finish().split(widths, -1)
+            if following is not None:
+                finish = start(following)
+            yield share, k_S1D, v_S1V

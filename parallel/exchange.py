@@ -6,75 +6,24 @@ G key-value heads, D key dim, V value dim.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.attend import attend, attend_backward
 from ..kernels.blocks import Blocks
 from ..kernels.reach import Reach
-from ..kernels.scoring import Gradients
 from .all_gather import AllGather
 from .gathering import Gathering, gather
 from .layout import Layout
+from .method import Kept, Local, Method
 from .ring import Ring
+from .route import ring
 from .seen import Seen
 from .transport import Transport
 
 ExchangeKind = Literal["ring", "all_gather"]
-
-
-class Method(Protocol):
-    """How keys and values travel; forward and backward are explicit, without autograd."""
-
-    def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
-    ) -> tuple[Tensor, Tensor]:
-        """Output [T, H, V] in the queries' dtype and lse [T, H], over the whole sequence."""
-        ...
-
-    def backward(
-        self,
-        dout_THV: Tensor,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGV: Tensor,
-        out_THV: Tensor,
-        lse_TH: Tensor,
-        dlse_TH: Tensor | None,
-        seen: Seen,
-    ) -> Gradients:
-        """Gradients of the local queries, keys and values, in the accumulators' dtype."""
-        ...
-
-
-class Local:
-    """One rank: nothing travels."""
-
-    def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
-    ) -> tuple[Tensor, Tensor]:
-        """Output and lse of the only shard."""
-        how = {"scale": seen.scale, "sink_H": seen.sink_H}
-        return attend(q_THD, k_TGD, v_TGV, seen.reach, seen.blocks, **how)
-
-    def backward(
-        self,
-        dout_THV: Tensor,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGV: Tensor,
-        out_THV: Tensor,
-        lse_TH: Tensor,
-        dlse_TH: Tensor | None,
-        seen: Seen,
-    ) -> Gradients:
-        """Gradients of the only shard."""
-        given = dout_THV, q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen.reach, seen.blocks
-        how = {"scale": seen.scale, "sink_H": seen.sink_H, "dlse_TH": dlse_TH}
-        return attend_backward(*given, **how)
 
 
 class Exchange:
@@ -142,8 +91,9 @@ def make_exchange(
         return Exchange(Local())
     assert transport is not None and transport.size == layout.ranks, (layout.ranks, transport)
     gathering = Gathering(layout, transport)
-    method = Ring(layout, transport) if kind == "ring" else AllGather(gathering)
-    return Exchange(method, gathering)
+    if kind == "ring":
+        return Exchange(Ring(layout, transport, ring(layout.ranks)), gathering)
+    return Exchange(AllGather(gathering), gathering)
 
 
 class _Attend(torch.autograd.Function):
@@ -160,9 +110,10 @@ class _Attend(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         seen = Seen(reach, blocks, scale, sink_H)
-        out_THV, lse_TH = method.forward(q_THD, k_TGD, v_TGV, seen)
-        ctx.save_for_backward(q_THD, k_TGD, v_TGV, out_THV, lse_TH, sink_H)
-        ctx.method, ctx.asked = method, (reach, blocks, scale)
+        out_THV, lse_TH, kept = method.forward(q_THD, k_TGD, v_TGV, seen)
+        ctx.save_for_backward(*kept.tensors)
+        ctx.method, ctx.seen = method, kept.without_tensors()
+        ctx.dtypes = [x.dtype for x in (q_THD, k_TGD, v_TGV)]
         ctx.set_materialize_grads(False)
         return out_THV, lse_TH
 
@@ -171,17 +122,17 @@ class _Attend(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q_THD, k_TGD, v_TGV, out_THV, lse_TH, sink_H = ctx.saved_tensors
+        kept = Kept.of(ctx.saved_tensors, ctx.seen)
         method: Method = ctx.method
         dout_THV, dlse_TH = grad_outputs
         if dout_THV is None:
-            dout_THV = torch.zeros_like(out_THV)
-        inputs = q_THD, k_TGD, v_TGV
-        reach, blocks, scale = ctx.asked
-        seen = Seen(reach, blocks, scale, sink_H)
-        grads = method.backward(dout_THV, *inputs, out_THV, lse_TH, dlse_TH, seen)
-        q, k, v = (grad.to(x.dtype) for grad, x in zip(grads[:3], inputs, strict=True))
+            if dlse_TH is None:
+                return (None,) * 8
+            dout_THV = kept.q.new_zeros(*dlse_TH.shape, kept.v.shape[-1])
+        grads = method.backward(dout_THV, dlse_TH, kept)
+        q, k, v = (grad.to(dtype) for grad, dtype in zip(grads[:3], ctx.dtypes, strict=True))
         dsink_H = None
         if grads.dsink_H is not None:
-            dsink_H = grads.dsink_H.to(sink_H.dtype)
+            assert kept.seen.sink_H is not None
+            dsink_H = grads.dsink_H.to(kept.seen.sink_H.dtype)
         return q, k, v, dsink_H, None, None, None, None

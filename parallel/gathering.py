@@ -1,54 +1,89 @@
 """Gathering: what every context rank has of a tensor, on all of them in global order.
 
-Shapes: T local tokens, S tokens of the whole sequence, P ranks, Y numbers of a token.
+Shapes: T local tokens, S tokens of the whole sequence, P ranks, R rows of the largest rank, Y
+numbers of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kernels.mirror import Mirror
 from ..kernels.precision import wide
 from .layout import Layout
 from .transport import Transport
 
 
 class Gathering:
-    """Gathers tokens over one layout, and sums what belongs to them back to their owners."""
+    """Gathers tokens over one layout, and sums what belongs to them back to their owners.
+
+    Ranks that own fewer tokens than others send as many rows.
+    """
 
     def __init__(self, layout: Layout, transport: Transport) -> None:
         self.layout, self.transport = layout, transport
-        self._chunks = layout.local_chunks()
+        self._tokens = layout.sizes[transport.rank]
+        rows_PR = torch.zeros(layout.ranks, layout.largest, dtype=torch.int64)
+        for rank, size in enumerate(layout.sizes):
+            rows_PR[rank, :size] = layout.index(rank)
+        # A spare row is token 0 again, which its receiver does not read.
+        self._rows = Mirror(rows_PR.flatten())
+        at_PR = torch.arange(rows_PR.numel()).view_as(rows_PR)
+        owned = [at_PR[rank, :size] for rank, size in enumerate(layout.sizes)]
+        index = torch.cat([layout.index(rank) for rank in range(layout.ranks)])
+        self._places = Mirror(torch.cat(owned)[index.argsort()])
+
+    def start(self, x_T: Tensor) -> Callable[[], Tensor]:
+        """Starts to gather; call what it returns for all ranks' tokens in global order, [S, ...].
+
+        No gradient comes back.
+        """
+        spare = self.layout.largest - self._tokens
+        if spare:
+            x_T = torch.cat([x_T, x_T.new_zeros(spare, *x_T.shape[1:])])
+        handle = self.transport.all_gather(x_T)
+
+        def finish() -> Tensor:
+            (gathered_PR,) = handle.wait()
+            places_S = self._places.on(x_T.device)
+            return gathered_PR.flatten(0, 1).index_select(0, places_S)
+
+        return finish
 
     def gather(self, x_T: Tensor) -> Tensor:
         """All ranks' tokens in global order, [S, ...]; without a gradient."""
-        gathered_PT = self.transport.all_gather(x_T)
-        return torch.cat([gathered_PT[rank, start:stop] for rank, start, stop in self._chunks])
+        return self.start(x_T)()
+
+    def start_sum(self, parts_S: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Starts to sum tensors over ranks in one transfer; call what it returns for the sums.
+
+        They are of this rank's own tokens, [T, ...] each.
+        """
+        flat_SY = [part_S.flatten(1) for part_S in parts_S]
+        widths = [part_SY.shape[1] for part_SY in flat_SY]
+        rows = self._rows.on(flat_SY[0].device)
+        side_RY = torch.cat([part_SY.index_select(0, rows) for part_SY in flat_SY], 1)
+        handle = self.transport.reduce_scatter(side_RY.unflatten(0, (self.layout.ranks, -1)))
+
+        def finish() -> list[Tensor]:
+            (summed_RY,) = handle.wait()
+            return [
+                own_TY.unflatten(1, part_S.shape[1:])
+                for own_TY, part_S in zip(
+                    summed_RY[: self._tokens].split(widths, -1), parts_S, strict=True
+                )
+            ]
+
+        return finish
 
     def scatter(self, parts_S: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over ranks of this rank's own tokens, [T, ...] each, in one transfer."""
-        flat_SY = [part.flatten(1) for part in parts_S]
-        widths = [part.shape[1] for part in flat_SY]
-        side_PTY = flat_SY[0].new_empty(
-            self.transport.size, len(flat_SY[0]) // self.transport.size, sum(widths)
-        )
-        begin = 0
-        for rank, start, stop in self._chunks:
-            end = begin + stop - start
-            for part_SY, side_TY in zip(
-                flat_SY, side_PTY[rank, start:stop].split(widths, -1), strict=True
-            ):
-                side_TY.copy_(part_SY[begin:end])
-            begin = end
-        summed_TY = self.transport.reduce_scatter(side_PTY).split(widths, -1)
-        return [
-            own_TY.unflatten(1, part.shape[1:])
-            for own_TY, part in zip(summed_TY, parts_S, strict=True)
-        ]
+        """The sums over ranks of this rank's own tokens, [T, ...] each."""
+        return self.start_sum(parts_S)()
 
 
 def gather(x_T: Tensor, gathering: Gathering) -> Tensor:

@@ -1,8 +1,9 @@
 """Ring: shards of keys and values go from rank to rank while the shard before is computed.
 
-Ring attention (Liu et al. 2023, arXiv 2310.01889) for any layout, with an explicit backward.
-Shapes: T local query rows (and keys of one shard), H query heads, G key-value heads, D key dim,
-V value dim.
+Ring attention (Liu et al. 2023, arXiv 2310.01889) for any layout and route, with an explicit
+backward.
+Shapes: T local query rows (and local keys), S keys of a shard, H query heads, G key-value heads,
+D key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from ..kernels.precision import wide_dtype
 from ..kernels.reach import Reach
 from ..kernels.scoring import Gradients
 from .layout import Layout
+from .method import Kept
+from .parcel import Parcel
+from .route import Route
 from .seen import Seen
-from .transport import Transport
+from .transport import Handle, Outgoing, Transport
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,23 @@ class Shard:
 
 
 class Ring:
-    """The ring over one layout; see `exchange.Method`."""
+    """A ring over one layout; see `Method`.
 
-    def __init__(self, layout: Layout, transport: Transport) -> None:
-        self.transport = transport
+    Args:
+        layout: Which tokens each rank owns.
+        transport: Between these ranks.
+        route: How the shards go round.
+    """
+
+    def __init__(self, layout: Layout, transport: Transport, route: Route) -> None:
+        self.transport, self.route, self._sizes = transport, route, layout.sizes
         self._index = [layout.index(rank) for rank in range(layout.ranks)]
         self._plans: WeakKeyDictionary[Reach, list[Shard]] = WeakKeyDictionary()
         self._grids: WeakKeyDictionary[Grid, list[Grid]] = WeakKeyDictionary()
 
     def forward(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Kept]:
         """Output and lse over all shards, merged in the accumulators' dtype."""
         wide, scale = wide_dtype(q_THD), seen.scale
         arrivals = self._arrivals(seen, k_TGD, v_TGV)
@@ -63,45 +73,47 @@ class Ring:
                 rows = shard.rows
                 part = attend(q_THD[rows], k, v, shard.reach, blocks, scale=scale, out_dtype=wide)
                 out_THV[rows], lse_TH[rows] = merge(out_THV[rows], lse_TH[rows], *part)
-        return out_THV.to(q_THD.dtype), lse_TH
+        out_THV = out_THV.to(q_THD.dtype)
+        return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
 
-    def backward(
-        self,
-        dout_THV: Tensor,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGV: Tensor,
-        out_THV: Tensor,
-        lse_TH: Tensor,
-        dlse_TH: Tensor | None,
-        seen: Seen,
-    ) -> Gradients:
+    def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Gradients; the sums of dk and dv go round one step behind the shard they belong to."""
 
         def gradients(
             shard: Shard, blocks: Blocks | None, k: Tensor, v: Tensor, sink: Tensor | None = None
         ) -> Gradients:
-            dout, q, out, lse = (x[shard.rows] for x in (dout_THV, q_THD, out_THV, lse_TH))
+            dout, q, out, lse = (x[shard.rows] for x in (dout_THV, kept.q, kept.out, kept.lse))
             dlse = None if dlse_TH is None else dlse_TH[shard.rows]
-            how = {"scale": seen.scale, "dlse_TH": dlse, "sink_H": sink}
+            how = {"scale": kept.seen.scale, "dlse_TH": dlse, "sink_H": sink}
             return attend_backward(dout, q, k, v, out, lse, shard.reach, blocks, **how)
 
-        arrivals = self._arrivals(seen, k_TGD, v_TGV)
-        own = gradients(*next(arrivals), seen.sink_H)
-        dq_THD, dk, dv = own[:3]
-        sums = self.transport.shift([dk, dv])
-        for shard, blocks, k, v in arrivals:
+        arrivals = self._arrivals(kept.seen, kept.k, kept.v)
+        own = gradients(*next(arrivals), kept.seen.sink_H)
+        dq_THD, sums = own.dq_THD, Parcel.pack(own.dk_SGD, own.dv_SGV)
+        coming = self._send_home(0, sums)
+        for step, (shard, blocks, k, v) in enumerate(arrivals, start=1):
             parts = None
             if len(shard.reach):
                 parts = gradients(shard, blocks, k, v)
-                dq_THD[shard.rows] += parts[0]
-            dk, dv = sums.wait()
+                dq_THD[shard.rows] += parts.dq_THD
+            sums = sums.of(*coming.wait())
             if parts is not None:
-                dk += parts[1]
-                dv += parts[2]
-            sums = self.transport.shift([dk, dv])
-        dk_TGD, dv_TGV = sums.wait()
+                dk, dv = sums.keys_and_values
+                dk += parts.dk_SGD
+                dv += parts.dv_SGV
+            coming = self._send_home(step, sums)
+        dk_TGD, dv_TGV = sums.of(*coming.wait()).keys_and_values
         return own._replace(dq_THD=dq_THD, dk_SGD=dk_TGD, dv_SGV=dv_TGV)
+
+    def _send_home(self, step: int, sums: Parcel) -> Handle:
+        """Sends the sums of the shard of a step on, and starts to receive those of the next."""
+        to, of, following = self.route.homeward(self.transport.rank, step)
+        shard = self.transport.rank
+        if following < self.route.steps:
+            shard = self.route.shards[following][self.transport.rank]
+        return self.transport.trade(
+            [Outgoing(to, sums.flat)], [sums.incoming(of, self._sizes[shard])]
+        )
 
     def _arrivals(
         self, seen: Seen, k_TGD: Tensor, v_TGV: Tensor
@@ -110,14 +122,17 @@ class Ring:
 
         The rank's own comes first.
         """
-        shards = self._plan(seen.reach)
-        for number, shard in enumerate(shards):
-            following = None
-            if number + 1 < len(shards):
-                following = self.transport.shift([k_TGD, v_TGV])
-            yield shard, self._chosen(seen.blocks, shard, number), k_TGD, v_TGV
-            if following is not None:
-                k_TGD, v_TGV = following.wait()
+        parcel, rank = Parcel.pack(k_TGD, v_TGV), self.transport.rank
+        coming: dict[int, Handle] = {}
+        for step, shard in enumerate(self._plan(seen.reach)):
+            if step:
+                parcel = parcel.of(*coming.pop(step).wait())
+            for to, of, use in self.route.hops(rank, step):
+                tokens = self._sizes[self.route.shards[use][rank]]
+                coming[use] = self.transport.trade(
+                    [Outgoing(to, parcel.flat)], [parcel.incoming(of, tokens)]
+                )
+            yield shard, self._chosen(seen.blocks, shard, step), *parcel.keys_and_values
 
     def _chosen(self, blocks: Blocks | None, shard: Shard, step: int) -> Blocks | None:
         """What the rows of a shard chose of its keys."""
@@ -130,8 +145,7 @@ class Ring:
 
     def _arriving(self) -> list[Tensor]:
         """The positions of the keys that arrive at each step."""
-        rank, size = self.transport.rank, self.transport.size
-        return [self._index[(rank - step) % size] for step in range(size)]
+        return [self._index[shards[self.transport.rank]] for shards in self.route.shards]
 
     def _plan(self, reach: Reach) -> list[Shard]:
         """The shards in the order in which they arrive, planned once per reach."""

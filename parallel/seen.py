@@ -1,13 +1,14 @@
-"""Seen: which keys the local queries see, and how scores are made of them."""
+"""Seen: which keys queries see, and how scores are made of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..kernels.blocks import Blocks
 from ..kernels.reach import Reach
+from .heads import Share, of_share
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,8 +16,8 @@ class Seen:
     """What a call of an exchange asks for, beside queries, keys and values.
 
     Attributes:
-        reach: For each local query the visible keys, as global positions.
-        blocks: The blocks that each local query chose; None for all that it reaches.
+        reach: For each query the visible keys, as global positions.
+        blocks: The blocks that each query chose; None for all that it reaches.
         scale: Of the scores.
         sink_H: The score of one more key per head, with value 0; None for none.
     """
@@ -25,3 +26,26 @@ class Seen:
     blocks: Blocks | None
     scale: float
     sink_H: Tensor | None = None
+
+    def of(self, share: Share, heads: int, groups: int) -> Seen:
+        """What some heads see.
+
+        Args:
+            share: The heads.
+            heads: All query heads.
+            groups: All key-value heads.
+        """
+        blocks, sink_H = self.blocks, self.sink_H
+        if blocks is not None:
+            # Once: what is sorted in a forward is used again in its backward.
+            key = "share", *share.bounds, heads, groups
+            blocks = blocks.once(key, lambda: _of_share(self.blocks, share, heads, groups))
+        if sink_H is not None:
+            sink_H = sink_H[share.heads]
+        return Seen(self.reach, blocks, self.scale, sink_H)
+
+
+def _of_share(blocks: Blocks | None, share: Share, heads: int, groups: int) -> Blocks:
+    assert blocks is not None
+    ids_QCN = of_share(blocks.ids_QCN, share, heads, groups)
+    return blocks if ids_QCN is blocks.ids_QCN else replace(blocks, ids_QCN=ids_QCN)

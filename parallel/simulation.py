@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
@@ -10,10 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .transport import Handle
+from .transport import Handle, Incoming, Outgoing
 
 Result = TypeVar("Result")
-# Sender, receiver, number of the call, number of the tensor in it.
+# Sender, receiver, number of the call, number of the message between the two in it.
 Address = tuple[int, int, int, int]
 
 
@@ -64,16 +65,29 @@ class _Room:
 
 
 @dataclass(frozen=True)
-class _Shift:
+class _Underway:
+    """What a rank waits for, and how it becomes what the call returns."""
+
     transport: SimulatedTransport
     call: int
     sent: list[tuple[Tensor, int]]
+    receives: list[Incoming]
+    finish: Callable[[list[Tensor]], list[Tensor]]
 
     def wait(self) -> list[Tensor]:
         for tensor, version in self.sent:
             assert tensor._version == version, "a tensor was written while it was being sent"
-        previous = (self.transport.rank - 1) % self.transport.size
-        return [self.transport._receive(previous, self.call, i) for i in range(len(self.sent))]
+        received, seen = [], Counter[int]()
+        for peer, length, like in self.receives:
+            shape = length, *like.shape[1:]
+            if 0 in shape:
+                received.append(like.new_empty(shape))
+                continue
+            tensor = self.transport._receive(peer, self.call, seen[peer])
+            seen[peer] += 1
+            assert tensor.shape == shape and tensor.dtype == like.dtype, (tensor.shape, shape)
+            received.append(tensor)
+        return self.finish(received)
 
 
 @dataclass
@@ -85,30 +99,38 @@ class SimulatedTransport:
     room: _Room
     calls: int = 0
 
-    def shift(self, tensors: Sequence[Tensor]) -> Handle:
+    def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
         """See `Transport`."""
-        call = self._next_call()
-        for number, tensor in enumerate(tensors):
-            self.room.send((self.rank, (self.rank + 1) % self.size, call, number), tensor)
-        return _Shift(self, call, [(tensor, tensor._version) for tensor in tensors])
+        return self._start(sends, receives, lambda received: received)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Handle:
         """See `Transport`."""
-        call = self._next_call()
-        for rank in range(self.size):
-            self.room.send((self.rank, rank, call, 0), tensor)
-        return torch.stack([self._receive(rank, call, 0) for rank in range(self.size)])
+        ranks = range(self.size)
+        sends = [Outgoing(rank, tensor[None]) for rank in ranks]
+        receives = [Incoming(rank, 1, tensor[None]) for rank in ranks]
+        return self._start(sends, receives, lambda received: [torch.cat(received)])
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
         """See `Transport`."""
-        call = self._next_call()
-        for rank in range(self.size):
-            self.room.send((self.rank, rank, call, 0), tensor[rank])
-        return torch.stack([self._receive(rank, call, 0) for rank in range(self.size)]).sum(dim=0)
+        ranks = range(self.size)
+        sends = [Outgoing(rank, tensor[rank, None]) for rank in ranks]
+        receives = [Incoming(rank, 1, tensor) for rank in ranks]
+        return self._start(sends, receives, lambda received: [torch.cat(received).sum(dim=0)])
 
-    def _next_call(self) -> int:
+    def _start(
+        self,
+        sends: Sequence[Outgoing],
+        receives: Sequence[Incoming],
+        finish: Callable[[list[Tensor]], list[Tensor]],
+    ) -> Handle:
         self.calls += 1
-        return self.calls
+        numbers = Counter[int]()
+        for peer, rows in sends:
+            if rows.numel():
+                self.room.send((self.rank, peer, self.calls, numbers[peer]), rows)
+                numbers[peer] += 1
+        sent = [(rows, rows._version) for _, rows in sends]
+        return _Underway(self, self.calls, sent, list(receives), finish)
 
     def _receive(self, sender: int, call: int, number: int) -> Tensor:
         return self.room.receive(self.rank, (sender, self.rank, call, number))

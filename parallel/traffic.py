@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .transport import Handle, Transport
+from .transport import Handle, Incoming, Outgoing, Transport
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Message:
     """One transfer.
 
     Attributes:
-        kind: `shift`, `all_gather` or `reduce_scatter`.
+        kind: `send`, `all_gather` or `reduce_scatter`.
         size: Bytes that this rank sends.
+        peer: The rank that it goes to; None for all.
     """
 
     kind: str
     size: int
+    peer: int | None = None
 
 
 @dataclass
@@ -55,21 +57,22 @@ class CountedTransport:
         self._inner, self.traffic = inner, traffic
         self.rank, self.size = inner.rank, inner.size
 
-    def shift(self, tensors: Sequence[Tensor]) -> Handle:
+    def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
         """See `Transport`."""
-        for tensor in tensors:
-            self._note("shift", tensor.nbytes)
-        return self._inner.shift(tensors)
+        for peer, rows in sends:
+            if rows.numel():
+                self._note("send", rows.nbytes, peer)
+        return self._inner.trade(sends, receives)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Handle:
         """See `Transport`."""
         self._note("all_gather", (self.size - 1) * tensor.nbytes)
         return self._inner.all_gather(tensor)
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
         """See `Transport`."""
         self._note("reduce_scatter", (self.size - 1) * tensor[0].nbytes)
         return self._inner.reduce_scatter(tensor)
 
-    def _note(self, kind: str, size: int) -> None:
-        self.traffic.messages.append(Message(kind, size))
+    def _note(self, kind: str, size: int, peer: int | None = None) -> None:
+        self.traffic.messages.append(Message(kind, size, peer))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,32 @@ from torch import Tensor
 # PyTorch 2.13 renamed both, and warns about the older names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Outgoing(NamedTuple):
+    """What one other rank is to have.
+
+    Attributes:
+        peer: The context rank that it goes to.
+        rows: The tensor, [n, ...].
+    """
+
+    peer: int
+    rows: Tensor
+
+
+class Incoming(NamedTuple):
+    """What comes from one other rank.
+
+    Attributes:
+        peer: The context rank that it comes from.
+        length: Its rows, n.
+        like: A tensor [any, ...] whose other dimensions, dtype and device it has.
+    """
+
+    peer: int
+    length: int
+    like: Tensor
 
 
 class Handle(Protocol):
@@ -36,29 +62,38 @@ class Transport(Protocol):
         """Context ranks."""
         ...
 
-    def shift(self, tensors: Sequence[Tensor]) -> Handle:
-        """Starts to send to the next rank and to receive the same shapes from the previous one."""
+    def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
+        """Starts to send and to receive; what comes is in the order of `receives`.
+
+        Between two ranks messages keep their order, and both know of each. What has no numbers is
+        not sent.
+        """
         ...
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, stacked: [size, ...]."""
+    def all_gather(self, tensor: Tensor) -> Handle:
+        """Starts to gather every rank's tensor of the same shape; comes as one, [size, ...]."""
         ...
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks of their `tensor[rank]`, in the tensor's dtype."""
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
+        """Starts to sum `tensor[rank]` over ranks, in the tensor's dtype; comes as one."""
         ...
 
 
-@dataclass(frozen=True)
-class _Shift:
-    requests: list[dist.Work]
+@dataclass
+class Underway:
+    """Requests, and the tensors that are there when all of them are done."""
+
+    requests: Sequence[dist.Work | None]
     received: list[Tensor]
     # Not read, but they must live until they are sent.
-    sent: list[Tensor]
+    sent: list[Tensor] = field(default_factory=list)
 
     def wait(self) -> list[Tensor]:
+        """See `Handle`."""
         for request in self.requests:
-            request.wait()
+            if request is not None:
+                request.wait()
+        self.sent.clear()
         return self.received
 
 
@@ -76,36 +111,44 @@ class DistributedTransport:
         # Gloo reduces on the host and has no reduce-scatter in every supported release.
         self.sums_locally = dist.get_backend(group) == "gloo"
 
-    def shift(self, tensors: Sequence[Tensor]) -> Handle:
+    def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
         """See `Transport`."""
-        sent = [tensor.contiguous() for tensor in tensors]
-        received = [torch.empty_like(tensor) for tensor in sent]
-        following, previous = self._peer(self.rank + 1), self._peer(self.rank - 1)
+        sent = [outgoing.rows.contiguous() for outgoing in sends]
+        received = [like.new_empty(length, *like.shape[1:]) for _, length, like in receives]
         steps: list[dist.P2POp] = []
-        for out, into in zip(sent, received, strict=True):
-            steps.append(dist.P2POp(dist.isend, out, following, self.group))
-            steps.append(dist.P2POp(dist.irecv, into, previous, self.group))
-        return _Shift(dist.batch_isend_irecv(steps), received, sent)
+        for tensor, outgoing in zip(sent, sends, strict=True):
+            if tensor.numel():
+                steps.append(dist.P2POp(dist.isend, tensor, self._peer(outgoing.peer), self.group))
+        for tensor, incoming in zip(received, receives, strict=True):
+            if tensor.numel():
+                steps.append(dist.P2POp(dist.irecv, tensor, self._peer(incoming.peer), self.group))
+        return Underway(dist.batch_isend_irecv(steps) if steps else [], received, sent)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Handle:
         """See `Transport`."""
         flat = tensor.reshape(-1)
         gathered = flat.new_empty(self.size * flat.numel())
-        _all_gather(gathered, flat, group=self.group)
-        return gathered.view(self.size, *tensor.shape)
+        request = _all_gather(gathered, flat, group=self.group, async_op=True)
+        return Underway([request], [gathered.view(self.size, *tensor.shape)], [flat])
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
         """See `Transport`."""
         tensor = tensor.contiguous()
         if self.sums_locally:
             received = torch.empty_like(tensor)
-            dist.all_to_all_single(received, tensor, group=self.group)
-            return received.sum(dim=0)
+            request = dist.all_to_all_single(received, tensor, group=self.group, async_op=True)
+            return _LocalSum([request], [received], [tensor])
         reduced = torch.empty_like(tensor[0])
-        _reduce_scatter(reduced, tensor, group=self.group)
-        return reduced
+        request = _reduce_scatter(reduced, tensor, group=self.group, async_op=True)
+        return Underway([request], [reduced], [tensor])
 
     def _peer(self, rank: int) -> int:
         """The global rank of a context rank."""
-        rank %= self.size
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+class _LocalSum(Underway):
+    """Every rank's part of a sum."""
+
+    def wait(self) -> list[Tensor]:
+        return [super().wait()[0].sum(dim=0)]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 from ..errors import Problem
-from ..parallel.layout import divisor
 from ..parallel.settings import ParallelSettings
 from ..trainer.plan import model_ranks
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
@@ -99,7 +98,7 @@ def _check_optimizer(optimizer: OptimizerSettings, at: str) -> Iterator[Problem]
 
 def _check_length(stage: StageSettings, at: str) -> Iterator[Problem]:
     parallel = stage.parallel
-    chunks = divisor(parallel.layout, parallel.context)
+    chunks = parallel.context
     reasons = [f"the chunks of {parallel.layout} over context {parallel.context}"]
     unit = chunks
     if parallel.sequence and parallel.tensor > 1:

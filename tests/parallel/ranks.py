@@ -4,7 +4,7 @@ import torch
 from longspan.kernels.reach import Reach
 from longspan.parallel.exchange import make_exchange
 from longspan.parallel.layout import make_layout
-from longspan.parallel.transport import DistributedTransport
+from longspan.parallel.transport import DistributedTransport, Incoming, Outgoing
 
 SCALE = 0.4
 LENGTH = 96
@@ -44,11 +44,17 @@ def gloo_attend(kind, layout_kind, window):
 
 
 def gloo_transport(dtype):
-    """What one real rank receives of every kind of transfer, two shifts under way at once."""
+    """What one real rank receives of every kind of transfer, two trades under way at once."""
     transport = DistributedTransport()
-    number = torch.full((2, 3), float(transport.rank), dtype=dtype)
-    first, second = transport.shift([number, number + 10]), transport.shift([number + 20])
-    shifted = [x[0, 0].item() for x in (*first.wait(), *second.wait())]
-    gathered = transport.all_gather(number.T)[:, 0, 0].tolist()
+    peer = 1 - transport.rank
+    number = torch.full((2 + transport.rank, 3), float(transport.rank), dtype=dtype)
+    coming = Incoming(peer, 2 + peer, number)
+    first = transport.trade([Outgoing(peer, number), Outgoing(peer, number + 10)], [coming, coming])
+    # Only one of the two sends, and nothing has no message.
+    sends = [Outgoing(peer, number + 20)] if transport.rank else [Outgoing(peer, number[:0])]
+    second = transport.trade(sends, [Incoming(peer, 3 if peer else 0, number)])
+    traded = [x.mean().item() if len(x) else None for x in (*first.wait(), *second.wait())]
+    (gathered,) = transport.all_gather(number[:2].T).wait()
     rows = torch.arange(transport.size, dtype=dtype)[:, None].expand(-1, 4) + transport.rank
-    return shifted, gathered, transport.reduce_scatter(rows).tolist()
+    (summed,) = transport.reduce_scatter(rows).wait()
+    return traded, gathered[:, 0, 0].tolist(), summed.tolist()

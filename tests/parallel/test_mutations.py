@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from longspan.kernels.mirror import Mirror
 from longspan.kernels.reach import Reach
 from longspan.parallel import ring
 from longspan.parallel.gathering import Gathering
-from longspan.parallel.layout import Layout
 from longspan.tests.parallel import test_exchange
 from longspan.tests.parallel.ranks import DOCUMENTS
 
-ARRIVING, INIT, SCATTER = ring.Ring._arriving, ring.Ring.__init__, Gathering.scatter
-CHUNKS, REACHED = Layout.local_chunks, Reach.keys
+ARRIVING, INIT, SUM = ring.Ring._arriving, ring.Ring.__init__, Gathering.start_sum
+GATHERING, REACHED = Gathering.__init__, Reach.keys
 
 
 def other_way_round(self):
@@ -19,9 +19,9 @@ def other_way_round(self):
     return [own, *reversed(others)]
 
 
-def keys_one_later(self, layout, transport):
+def keys_one_later(self, layout, transport, route):
     """Keys are taken for their successors."""
-    INIT(self, layout, transport)
+    INIT(self, layout, transport, route)
     self._index = [index_S + 1 for index_S in self._index]
 
 
@@ -36,16 +36,17 @@ def without_the_last(self, index_S):
     return Reach(local.first_T, torch.maximum(local.first_T, local.last_T - 1))
 
 
-def by_rank(self):
-    """Gathered chunks stay in the order of ranks."""
-    return sorted(CHUNKS(self))
+def by_rank(self, layout, transport):
+    """Gathered tokens stay in the order of ranks."""
+    GATHERING(self, layout, transport)
+    self._places = Mirror(torch.arange(layout.length))
 
 
 def own_part_only(self, parts_S):
     """The gradients that other ranks found are lost."""
     index = self.layout.index(self.transport.rank)
-    SCATTER(self, parts_S)
-    return [part[index] for part in parts_S]
+    SUM(self, parts_S)()
+    return lambda: [part[index] for part in parts_S]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,8 @@ def own_part_only(self, parts_S):
         ("ring", ring.Ring, "__init__", keys_one_later),
         ("ring", ring, "merge", plain_sum),
         ("ring", Reach, "keys", without_the_last),
-        ("all_gather", Layout, "local_chunks", by_rank),
-        ("all_gather", Gathering, "scatter", own_part_only),
+        ("all_gather", Gathering, "__init__", by_rank),
+        ("all_gather", Gathering, "start_sum", own_part_only),
     ],
 )
 def test_a_wrong_exchange_is_found(monkeypatch, kind, place, name, mutant):
