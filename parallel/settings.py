@@ -32,3 +32,7 @@ class ParallelSettings(Settings):
 
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a context rank owns: zigzag gives every rank equal causal work."""
+
+    canary: bool = True
+    """Before its first step, compute some tokens over the context ranks and on each of them alone,
+    and stop if losses or gradients differ. false: do not compare."""

@@ -134,6 +134,11 @@ CASES = {
         "stages.1.parallel.exchange",
         "no effect",
     ),
+    "unused canary": (
+        [stage("parallel={canary: false}")],
+        "stages.1.parallel.canary",
+        "no effect",
+    ),
     "unused layout": (
         ["defaults.parallel.layout=contiguous", stage("parallel.context=1")],
         "defaults.parallel.layout",

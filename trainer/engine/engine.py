@@ -142,10 +142,7 @@ class Engine:
             replace(build(sample, notes), probe=None if number else probe)
             for number, sample in enumerate(samples)
         )
-        if self.stage.trainable == "selection":
-            reports = self._selection_only(batches, len(samples))
-        else:
-            reports = self._forward_backward(batches, len(samples), forward_only=False)
+        reports = self.accumulate(batches, len(samples))
         if probe is not None:
             dist.all_reduce(probe.sums)
         zero = torch.zeros((), device=self.device)
@@ -154,19 +151,38 @@ class Engine:
             loss = torch.stack([report[0] for report in reports]).sum()
             tokens = torch.stack([report[1] for report in reports]).sum()
         flag = torch.full((), float(stop), device=self.device)
-        return self.optimizer.step(lr, loss, tokens, flag, self._shares(notes))
+        return self.optimizer.step(lr, loss, tokens, flag, self.shares(notes))
+
+    def accumulate(
+        self, batches: Iterator[MicroBatch], count: int, tokens: int | None = None
+    ) -> list[Any]:
+        """Leaves the finished gradients of micro-batches in the buffers.
+
+        Args:
+            batches: They and no others.
+            count: Of them.
+            tokens: Of each over all context ranks; None for those of a step.
+
+        Returns:
+            On the last pipeline rank the loss sum, weight sum and losses of each.
+        """
+        if self.stage.trainable == "selection":
+            return self._selection_only(batches, count, tokens)
+        return self._forward_backward(batches, count, forward_only=False, tokens=tokens)
 
     @torch.no_grad()
-    def _selection_only(self, batches: Iterator[MicroBatch], count: int) -> list[Any]:
+    def _selection_only(
+        self, batches: Iterator[MicroBatch], count: int, length: int | None
+    ) -> list[Any]:
         """Forward passes, in which indexers and gates learn by themselves; no backward."""
-        reports = self._forward_backward(batches, count, forward_only=True)
+        reports = self._forward_backward(batches, count, forward_only=True, tokens=length)
         tokens = torch.zeros((), dtype=torch.int32, device=self.device)
         for report in reports:
             tokens += report[1].to(torch.int32)
         finalize_model_grads([self.chunk], tokens, pg_collection=self.groups)
         return reports
 
-    def _shares(self, notes: Notes) -> dict[str, torch.Tensor]:
+    def shares(self, notes: Notes) -> dict[str, torch.Tensor]:
         """This rank's share of each note, so that a sum over all ranks counts everything once.
 
         All ranks name the same ones, whatever layers they have.

@@ -180,6 +180,14 @@ class Optimizer:
         noted = dict(zip(notes, local[4:].view(-1, 2), strict=True))
         return StepSums(local[0], local[1], local[2], local[3], skipped, noted)
 
+    def gradients(self) -> list[torch.Tensor]:
+        """The finished gradients that this rank alone counts; see `_square_norm`.
+
+        They may be overwritten by the next forward-backward.
+        """
+        self.megatron.prepare_grads()
+        return [grad for part in self._parts for grad in _counted_gradients(part)]
+
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
         self.megatron.zero_grad()
