@@ -6,17 +6,24 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
+from ..attention.pairs import prefix_pairs
 from ..attention.probe import Probe
 from ..errors import RunError
+from ..parallel.imbalance import loads_of
+from ..parallel.waiting import Waiting
 from .checkpoints import Cursor
 from .data.samples import Sample, TrainingSamples, join
+from .engine.canary import compare
 from .engine.engine import Engine
 from .engine.optimizer import StepSums
 from .engine.schedule import learning_rate
 from .flops import FlopsCounter
+from .mfu_alarm import MfuAlarm
 from .observe.observer import Observer
 from .observe.sink import StepMetrics
+from .parameters import layer_shape
 from .plan import StagePlan
 from .settings import RunSettings, StageSettings
 from .stopping import StopRequest
@@ -32,6 +39,8 @@ class _Pending:
     cursor: Cursor
     probe: Probe | None
     context_bytes: int
+    waiting: Waiting
+    batches: list[Sample]
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,12 @@ class StageLoop:
         self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
         self.save, self.evaluate = save, evaluate
         self._loss, self._stopping = math.nan, False
+        mechanisms, shape = stage.attention.mechanisms(run.model.layers), layer_shape(run.model)
+        pairs = partial(prefix_pairs, mechanisms, shape.heads, shape.groups)
+        self._pairs = lru_cache(maxsize=2**14)(pairs)
         self._count = FlopsCounter(run.model, stage, engine.model.real_vocab)
         self._peak = engine.peak_flops
+        self._alarm = MfuAlarm(self._peak)
 
     def train(self, cursor: Cursor) -> StageEnd:
         """Train from `cursor` to the end of the stage, or until a stop is agreed and saved.
@@ -86,19 +99,24 @@ class StageLoop:
         Every rank reads the same sums, so all of them stop after the same step.
         """
         pending: _Pending | None = None
+        if cursor.stage_step < self.plan.steps:
+            self._compare(cursor)
         while cursor.stage_step < self.plan.steps and not self._stopping:
             begun = time.monotonic()
+            if pending is None:
+                self._alarm.idle()
             lr = learning_rate(self.stage.optimizer, cursor.stage_step, self.plan.steps)
             key = (self.run.seed, self.stage.name, cursor.stage_step)
             batches = self._micro_batches(cursor.next_sample)
             probe = self._probe(cursor.step + 1)
-            self.engine.traffic.take()  # an evaluation may have been between
+            traffic = self.engine.traffic
+            _ = traffic.take(), traffic.take_waiting()  # an evaluation may have been between
             sums = self.engine.train_step(batches, lr, self.stop.requested, key, probe)
-            sent = self.engine.traffic.take()
+            sent = traffic.take(), traffic.take_waiting()
             if pending is not None:
                 self._report(pending, begun)
             cursor = self._after_step(cursor)
-            pending = _Pending(sums, lr, begun, cursor, probe, sent)
+            pending = _Pending(sums, lr, begun, cursor, probe, *sent, batches)
             ended = cursor.stage_step == self.plan.steps
             save = cursor.step % self.run.checkpoint.every == 0
             every = self.run.evaluation.every
@@ -112,6 +130,15 @@ class StageLoop:
                 self.save(cursor)
         return StageEnd(cursor, self._loss, self._stopping)
 
+    def _compare(self, cursor: Cursor) -> None:
+        """Stop before the first step if context ranks do not compute what one rank does."""
+        parallel = self.stage.parallel
+        if parallel.context == 1 or not parallel.canary:
+            return
+        comparison = compare(self.engine, self._micro_batches(cursor.next_sample)[0])
+        self.observer.compared(cursor.step, comparison.values)
+        comparison.demand(self.run, self.stage)
+
     def _probe(self, step: int) -> Probe | None:
         """What measures a step's attention, where it is due."""
         settings = self.run.telemetry
@@ -124,6 +151,15 @@ class StageLoop:
         first = after.next_sample - self.plan.sequences_per_step
         packed = (self.samples.packing[number] for number in range(first, after.next_sample))
         return self._count(piece.length for pieces in packed for piece in pieces)
+
+    def _imbalance(self, batches: list[Sample]) -> float | None:
+        """The busiest context rank's attention over the mean one's; they wait in each batch."""
+        ranks = self.stage.parallel.context
+        if ranks == 1:
+            return None
+        layout = self.engine.builder(self.engine.tokens_per_batch).layout
+        loads = [loads_of(layout, sample.cu_seqlens, self._pairs) for sample in batches]
+        return sum(map(max, loads)) * ranks / max(1.0, sum(map(sum, loads)))
 
     def _micro_batches(self, first: int) -> list[Sample]:
         """This data rank's micro-batches of the step whose sequences begin at `first`."""
@@ -175,7 +211,11 @@ class StageLoop:
                 tflops_per_s=flops / seconds / 1e12,
                 mfu=None if self._peak is None else flops / seconds / self._peak,
                 context_bytes=pending.context_bytes,
+                context_wait_s=pending.waiting.seconds(),
+                imbalance=self._imbalance(pending.batches),
             )
         )
+        if (text := self._alarm.done(flops)) is not None:
+            self.observer.alarm("mfu", at.step, text)
         if pending.probe is not None:
             self.observer.observed(at.step, pending.probe.table())

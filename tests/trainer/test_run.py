@@ -107,6 +107,21 @@ def test_a_step_reports_what_its_ranks_sent(straight):
         assert (event["context_bytes"] == want[event["step"]]) is not measured
 
 
+def test_context_ranks_are_compared_with_one_before_they_train(straight):
+    run_dir, done = straight
+    events = list(read_events(run_dir / "events.jsonl"))
+    order = [event["event"] for event in events if event["event"] in ("canary", "step")]
+    assert order == ["step"] * 8 + ["canary"] + ["step"] * 8
+    (canary,) = (event for event in events if event["event"] == "canary")
+    assert canary["step"] == 8 and canary["tokens"] == 256 and canary["grad_difference"] < 1e-4
+    assert "canary: over context ranks loss" in done.stdout
+    for event in events:
+        if event["event"] == "step":
+            context = event["step"] > 8
+            assert (event["context_wait_s"] > 0) is context
+            assert (event["imbalance"] is not None) is context
+
+
 def test_nothing_is_left_of_old_or_unfinished_checkpoints(straight):
     names = sorted(path.name for path in (straight[0] / "checkpoints").iterdir())
     assert names == ["step-00000014", "step-00000016"]

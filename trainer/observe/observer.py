@@ -42,6 +42,14 @@ class Observer(Sink):
         """See `Sink`."""
         self._tell(lambda sink: sink.observed(step, layers))
 
+    def compared(self, step: int, values: Mapping[str, Any]) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.compared(step, values))
+
+    def alarm(self, name: str, step: int, text: str) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.alarm(name, step, text))
+
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
         self._tell(lambda sink: sink.evaluated(name, step, values))
@@ -103,6 +111,14 @@ class EventSink(Sink):
     def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
         """Event `attention`."""
         self._log.write("attention", step=step, layers=list(layers))
+
+    def compared(self, step: int, values: Mapping[str, Any]) -> None:
+        """Event `canary`."""
+        self._log.write("canary", step=step, **values)
+
+    def alarm(self, name: str, step: int, text: str) -> None:
+        """Event `alarm`."""
+        self._log.write("alarm", name=name, step=step, text=text)
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Event `evaluated`."""

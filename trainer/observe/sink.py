@@ -29,6 +29,9 @@ class StepMetrics:
             is computed again), over its time, all ranks together.
         mfu: Their share of what the GPUs could do at most; None where that is not known.
         context_bytes: What this rank sent to the other context ranks for it.
+        context_wait_s: How long this rank's computation stood still for what they sent.
+        imbalance: Attention of the busiest context rank over that of the mean one, in visible
+            (query, key) pairs; None with one context rank.
     """
 
     step: int
@@ -46,6 +49,8 @@ class StepMetrics:
     tflops_per_s: float = 0.0
     mfu: float | None = None
     context_bytes: int = 0
+    context_wait_s: float = 0.0
+    imbalance: float | None = None
 
 
 class Sink:
@@ -66,6 +71,12 @@ class Sink:
 
     def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
         """What each layer's attention looks at, measured in a step."""
+
+    def compared(self, step: int, values: Mapping[str, Any]) -> None:
+        """The canary is over: context ranks beside one rank alone, after `step`."""
+
+    def alarm(self, name: str, step: int, text: str) -> None:
+        """A measurement that cannot be right; the run goes on."""
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """An evaluation is done; the plain numbers in `values` are shown and tracked."""

@@ -82,6 +82,17 @@ class Terminal(Sink):
             else:
                 self._console.print(plain_line(metrics, left))
 
+    def compared(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line with both losses."""
+        self.message(
+            "canary: over context ranks loss {loss:.6g}, alone {loss_alone:.6g}; gradients differ "
+            "by {grad_difference:.1e} ({tokens} tokens, {seconds:.1f} s)".format_map(values)
+        )
+
+    def alarm(self, name: str, step: int, text: str) -> None:
+        """One line above the live one."""
+        self.message(f"ALARM at step {step}: {text}")
+
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """One line with the numbers."""
         shown = " ".join(f"{key}={value:.6g}" for key, value in numbers(values).items())

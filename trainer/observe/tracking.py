@@ -125,7 +125,8 @@ class Tracking(Sink):
         self._tokens = metrics.tokens
         fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "tflops_per_s"]
         fields += ["mfu"] if metrics.mfu is not None else []
-        fields += ["context_bytes"] if metrics.context_bytes else []
+        fields += ["context_bytes", "context_wait_s"] if metrics.context_bytes else []
+        fields += ["imbalance"] if metrics.imbalance is not None else []
         values = {field: getattr(metrics, field) for field in fields} | dict(metrics.losses)
         values = {f"train/{field}": value for field, value in values.items()}
         self._send("log", {"step": metrics.step, "tokens": metrics.tokens, **values})
@@ -138,6 +139,10 @@ class Tracking(Sink):
             for key, value in values.items()
         }
         self._send("log", {"step": step, "tokens": self._tokens, **named})
+
+    def alarm(self, name: str, step: int, text: str) -> None:
+        """Keep the alarm with the run."""
+        self._send("summary", {f"alarm/{name}": f"step {step}: {text}"})
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Log the plain numbers under the evaluation's name."""

@@ -24,7 +24,9 @@ STEP = StepMetrics(
 def tell_everything(observer):
     observer.run_started({"ranks": 2})
     observer.stage_started("short", 0, {"length": 1024})
+    observer.compared(0, {"loss": 4.0, "loss_alone": 4.5})
     observer.step(STEP)
+    observer.alarm("mfu", 3, "too fast")
     observer.evaluated("held_out", 3, {"loss": 4.0})
     observer.saved(3, Path("step-3"), 0.5)
     observer.message("hello")
@@ -41,7 +43,9 @@ def test_every_kind_of_news_is_an_event(tmp_path):
     assert [event.pop("event") for event in events] == [
         "run_started",
         "stage_started",
+        "canary",
         "step",
+        "alarm",
         "evaluated",
         "saved",
         "message",
@@ -49,10 +53,12 @@ def test_every_kind_of_news_is_an_event(tmp_path):
         "stopped",
         "finished",
     ]
-    stage, step = events[1], events[2]
+    stage, canary, step, alarm = events[1:5]
     assert (stage["stage"], stage["index"], stage["length"]) == ("short", 0, 1024)
     assert (step["step"], step["loss"], step["tokens_per_s"]) == (3, 4.5, 100.0)
-    assert events[3]["values"] == {"loss": 4.0} and events[8]["summary"] == {"tokens": 3072}
+    assert (canary["step"], canary["loss"], canary["loss_alone"]) == (0, 4.0, 4.5)
+    assert (alarm["name"], alarm["step"], alarm["text"]) == ("mfu", 3, "too fast")
+    assert events[5]["values"] == {"loss": 4.0} and events[10]["summary"] == {"tokens": 3072}
 
 
 def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
@@ -65,7 +71,7 @@ def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
 
     path = tmp_path / "events.jsonl"
     tell_everything(Observer([Broken(), EventSink(EventLog(path))]))
-    assert len(list(read_events(path))) == 9
+    assert len(list(read_events(path))) == 11
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "Broken failed and is off: ValueError('no more')" in err
 

@@ -117,6 +117,19 @@ def test_plain_lines_at_the_ends_of_a_stage_and_every_ten_seconds():
     assert screen.getvalue() == PLAIN
 
 
+def test_the_canary_and_alarms_are_lines():
+    stream = io.StringIO()
+    terminal = Terminal(stream=stream, live=False)
+    values = {"loss": 5.25, "loss_alone": 5.2501, "grad_difference": 3.2e-7, "losses": {}}
+    terminal.compared(0, {**values, "tokens": 2048, "seconds": 1.26})
+    terminal.alarm("mfu", 12, "MFU 1.70 is impossible")
+    assert stream.getvalue().splitlines() == [
+        "canary: over context ranks loss 5.25, alone 5.2501; gradients differ by 3.2e-07 "
+        "(2048 tokens, 1.3 s)",
+        "ALARM at step 12: MFU 1.70 is impossible",
+    ]
+
+
 def test_the_summary_has_the_tables_the_gain_and_the_next_commands():
     screen = Screen()
     Terminal("runs/tiny", screen).finished(SUMMARY)

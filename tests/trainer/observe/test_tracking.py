@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from longspan.errors import RunError
@@ -151,6 +152,23 @@ def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
         for key in (b"train/loss", b"held_out/loss", b"tokens", b"batch_tokens"):
             assert key in log
     assert "wandb" not in sys.modules
+
+
+def test_context_ranks_and_alarms_are_tracked(directory, monkeypatch, tmp_path):
+    script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
+    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    tracker = tracking.start_tracking(directory, settings(), 1, Console())
+    tracker.step(metrics(1))
+    of_context = {"context_bytes": 7, "context_wait_s": 0.0, "imbalance": 1.25}
+    tracker.step(replace(metrics(2), **of_context))
+    tracker.alarm("mfu", 2, "too fast")
+    tracker.close()
+    sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
+    logs = [message["values"] for message in sent if message["kind"] == "log"]
+    assert not any("context" in key or "imbalance" in key for key in logs[0])
+    assert {key: logs[1][f"train/{key}"] for key in of_context} == of_context
+    summary = {"kind": "summary", "values": {"alarm/mfu": "step 2: too fast"}}
+    assert [message for message in sent if message["kind"] == "summary"] == [summary]
 
 
 def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, monkeypatch):
