@@ -63,7 +63,7 @@ def compare(engine: Engine, sample: Sample) -> Comparison:
         sample: This data rank's micro-batch.
 
     Returns:
-        The same on every rank.
+        The same on every rank, but for the seconds.
     """
     optimizer, parallel, begun = engine.optimizer, engine.stage.parallel, time.monotonic()
     assert optimizer is not None
