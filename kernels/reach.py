@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .boundaries import boundaries
 from .mirror import Mirror
+from .once import Once
 from .pieces import RowGroup, plan_pieces
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class Reach(Once):
     """For each query row the half-open interval [first, last) of key positions that it sees.
 
     The bounds live on the host: planning happens there, once per micro-batch, so that attention
