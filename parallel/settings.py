@@ -30,5 +30,7 @@ class ParallelSettings(Settings):
     exchange: Literal["ring", "all_gather"] = "all_gather"
     """How keys and values reach the queries of other context ranks."""
 
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    """Which tokens a context rank owns: zigzag gives every rank equal causal work."""
+    layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
+    """Which tokens a context rank owns. Zigzag gives every rank equal causal work, striped against
+    every other rank's keys as well, whatever the documents; balanced looks at each micro-batch's
+    documents and gives equal work over them, with few of them on several ranks."""
