@@ -42,5 +42,7 @@ class ParallelSettings(Settings):
     across: Literal["ring", "all_gather"] | None = None
     """For two_d: how keys and values travel between nodes; ring where left out."""
 
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    """Which tokens a context rank owns: zigzag gives every rank equal causal work."""
+    layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
+    """Which tokens a context rank owns. Zigzag gives every rank equal causal work, striped against
+    every other rank's keys as well, whatever the documents; balanced looks at each micro-batch's
+    documents and gives equal work over them, with few of them on several ranks."""
