@@ -133,32 +133,40 @@ class Rank:
         Returns:
             The document of which this one took the end, and the next should; -1 for none.
         """
-        stock, order = self.stock, self.stock.order
-        while order and self.tokens > 0:
+        stock = self.stock
+        while stock.order and self.tokens > 0:
             filling = Filling(stock, self._sparsest(), self.tokens)
             lacking = self.work - filling.work(self.tokens)
             if lacking <= self.under:
                 self._fill_up(filling)
                 break
-            if begun >= 0:
-                if self._fits(begun, filling, lacking):
-                    self._take(begun, head=stock.size(begun))
-                    begun = -1
-                    continue
-                if self._suffices(begun):
-                    return self._cut(begun)
-                begun = -1
-            densest = order[-1][1]
-            if not self.parts and not self._fits(densest, filling, lacking):
-                return self._cut(densest)
-            at = self._largest(filling, lacking)
-            document = order[at][1]
-            if at >= len(filling.documents) and self._fits(document, filling, lacking):
+            document, whole = self._next(begun, filling, lacking)
+            if whole:
                 self._take(document, head=stock.size(document))
+                begun = -1
                 continue
-            above = order[min(at + 1, len(order) - 1)][1]
-            return self._cut(above if self._suffices(above) else densest)
+            enough = self._cut(document)
+            begun = document if stock.size(document) else -1
+            if enough:
+                break
         return begun if begun >= 0 and stock.size(begun) else -1
+
+    def _next(self, begun: int, filling: Filling, lacking: float) -> tuple[int, bool]:
+        """A document that has work enough for this rank, and whether to take all of it."""
+        order = self.stock.order
+        if begun >= 0:
+            if self._fits(begun, filling, lacking):
+                return begun, True
+            if self._suffices(begun):
+                return begun, False
+        densest = order[-1][1]
+        if not self.parts and not self._fits(densest, filling, lacking):
+            return densest, False
+        at = self._largest(filling, lacking)
+        if at >= len(filling.documents) and self._fits(order[at][1], filling, lacking):
+            return order[at][1], True
+        above = order[min(at + 1, len(order) - 1)][1]
+        return (above if self._suffices(above) else densest), False
 
     def _gain(self, document: int, filling: Filling) -> float:
         """Work that the rank gains if it takes a document instead of what would fill it up."""
@@ -219,24 +227,34 @@ class Rank:
         if last >= 0:
             yield last
 
-    def _cut(self, document: int) -> int:
-        """Takes the end of a document, and fills up with others or with its own beginning."""
+    def _cut(self, document: int) -> bool:
+        """Takes the end of a document, and fills up with others or with its own beginning.
+
+        Returns:
+            Whether it was enough; if not, all of it is taken and nothing else.
+        """
         stock, tokens, size = self.stock, self.tokens, self.stock.size(document)
         filling = Filling(stock, self._sparsest(document), tokens)
-        if size >= tokens and stock.head(document, tokens) <= self.work:
-            cut = stock.size(filling.documents[-1]) > tokens
-            if cut or stock.head(document, tokens) < filling.work(tokens):
-                filling = Filling(stock, [document], tokens)
+        # Its own tokens need no keys from elsewhere; others do where they are cut as well.
+        cut = stock.size(filling.documents[-1]) > tokens
+        if cut and size >= tokens and stock.head(document, tokens) <= self.work:
+            filling = Filling(stock, [document], tokens)
+
+        def work(tail: int) -> float:
+            return stock.tail(document, tail) + filling.work(tokens - tail)
+
         low, high = 1, min(size, tokens)
         while low < high:
             middle = (low + high) // 2
-            if stock.tail(document, middle) + filling.work(tokens - middle) < self.work:
+            if work(middle) < self.work:
                 low = middle + 1
             else:
                 high = middle
+        enough = low < size or work(low) >= self.work - self.under
         self._take(document, tail=low)
-        self._fill_up(filling)
-        return document if stock.size(document) else -1
+        if enough:
+            self._fill_up(filling)
+        return enough
 
     def _fill_up(self, filling: Filling) -> None:
         """Takes documents in this order, the last one in part only where it must."""
