@@ -168,7 +168,7 @@ def cut_up(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for ranks in args.ranks:
         for name, how in SCALED.items():
-            if name == "ulysses" and ranks > HEADS or how and ranks <= NODE:
+            if (name == "ulysses" and ranks > HEADS) or (how and ranks <= NODE):
                 continue
             layout = layout_of("zigzag", cu, ranks)
             # The last, the middle and the first: zigzag gives all the same work.

@@ -27,9 +27,9 @@ class ParallelSettings(Settings):
     expert: int = Field(default=1, ge=1)
     """Ranks that share the experts of a MoE model (EP); divides the data and context ranks."""
 
-    exchange: Literal[
-        "auto", "all_gather", "ring", "double_ring", "fetch", "ulysses", "two_d"
-    ] = "auto"
+    exchange: Literal["auto", "all_gather", "ring", "double_ring", "fetch", "ulysses", "two_d"] = (
+        "auto"
+    )
     """How keys and values meet the queries of other context ranks: all gathered, head by head
     (all_gather); going round while the ones before are computed (ring), also inside of nodes and
     between them (double_ring); only those that some query of a rank reaches (fetch); every rank

@@ -12,9 +12,7 @@ from .fixes import divisors, either
 _OF_NODES = ("double_ring", "two_d")
 
 
-def check_exchange(
-    model: ModelSettings, parallel: ParallelSettings, at: str
-) -> Iterator[Problem]:
+def check_exchange(model: ModelSettings, parallel: ParallelSettings, at: str) -> Iterator[Problem]:
     """What is wrong with an exchange.
 
     Args:

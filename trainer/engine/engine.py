@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -24,6 +25,7 @@ from ...attention.rope import Rope
 from ...parallel.traffic import CountedTransport, Traffic
 from ...parallel.transport import DistributedTransport
 from ..data.samples import Sample
+from ..exchange_choice import ExchangeChoice, choose_exchange
 from ..flops import peak_flops
 from ..parameters import count_parameters, layer_shape
 from ..platform import device
@@ -65,6 +67,7 @@ class Engine:
         self.reporting = is_reporting_rank(self.groups)
         self.tokens_per_batch = stage.length * stage.micro_batch
         self.traffic = Traffic()
+        self.choice = self._choose()
         self.build = self._builder()
         self.chunk: Any = self.model
         self.optimizer: Optimizer | None = None
@@ -181,12 +184,21 @@ class Engine:
         self.chunk.train()
         return reports[0][2][: batch.tokens] if reports else None
 
+    def _choose(self) -> ExchangeChoice:
+        """The exchange of the context ranks, the same one on all of them."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        smallest = torch.tensor(local, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        gpu, wire = self.device.type == "cuda", self.config.params_dtype.itemsize
+        return choose_exchange(self.run.model, self.stage, node=int(smallest), gpu=gpu, wire=wire)
+
     def _builder(self) -> BatchBuilder:
         """What makes this rank's micro-batches."""
         run, stage, group = self.run, self.stage, self.groups.cp
         mechanisms, shape = stage.attention.mechanisms(run.model.layers), layer_shape(run.model)
         places = Places(
             stage.parallel,
+            self.choice,
             group.rank(),
             CountedTransport(DistributedTransport(group), self.traffic),
             lru_cache(maxsize=2**14)(partial(prefix_pairs, mechanisms, shape.heads, shape.groups)),

@@ -15,6 +15,7 @@ from ...parallel.exchange import Exchange, make_exchange
 from ...parallel.layout import Layout, balanced_layout, make_layout
 from ...parallel.settings import ParallelSettings
 from ...parallel.transport import Transport
+from ..exchange_choice import ExchangeChoice
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class Places:
 
     Args:
         parallel: Of the stage.
+        choice: The exchange of its context ranks.
         rank: This context rank.
         transport: Between the context ranks; may be None if there is one.
         pairs: The visible (query, key) pairs of a document's first tokens, by their number.
@@ -53,11 +55,12 @@ class Places:
     def __init__(
         self,
         parallel: ParallelSettings,
+        choice: ExchangeChoice,
         rank: int,
         transport: Transport | None,
         pairs: Callable[[int], float],
     ) -> None:
-        self._parallel, self._rank = parallel, rank
+        self._parallel, self._choice, self._rank = parallel, choice, rank
         self._transport, self._pairs = transport, pairs
         self._of_length = lru_cache(maxsize=16)(self._make_of_length)
         # An evaluation asks for a sample's place again, soon.
@@ -91,5 +94,6 @@ class Places:
     def _place(self, layout: Layout) -> Place:
         rows = self.rows(layout.length)
         assert layout.largest <= rows, (layout.sizes, rows)
-        exchange = make_exchange(self._parallel.exchange, layout, self._transport)
+        how = {"inner": self._choice.inner, "across": self._choice.across}
+        exchange = make_exchange(self._choice.kind, layout, self._transport, **how)
         return Place(layout, layout.index(self._rank), exchange, rows)
