@@ -45,7 +45,8 @@ class Work:
         call: What travels.
         pairs: Visible (query, key) pairs of a rank, over its query heads.
         reached: The share of the other ranks' keys that some query of a rank reaches.
-        cutting: How much longer attention takes for each further part that the keys come in.
+        cutting: How much longer attention takes where its keys come in many parts.
+        sorting: How much longer it takes for each further part, as choices are sorted for it.
     """
 
     sizes: Sequence[int]
@@ -53,6 +54,7 @@ class Work:
     pairs: float
     reached: float
     cutting: float
+    sorting: float = 0.0
 
 
 class Candidate(NamedTuple):
@@ -82,7 +84,7 @@ class Prediction(NamedTuple):
 
 
 def predict(work: Work, node: int, wires: Wires) -> list[Prediction]:
-    """All exchanges that can do the work, the fastest first; of equally fast ones the simplest.
+    """All exchanges that can do the work, the fastest first; of equally fast ones what sends less.
 
     Args:
         work: The layer.
@@ -96,8 +98,8 @@ def predict(work: Work, node: int, wires: Wires) -> list[Prediction]:
 def _candidates(work: Work, node: int) -> Iterator[Candidate]:
     ranks, heads = len(work.sizes), work.call.heads
     yield Candidate("all_gather")
-    yield Candidate("ring")
     yield Candidate("fetch")
+    yield Candidate("ring")
     if ranks <= heads:
         yield Candidate("ulysses")
     if 1 < node < ranks and ranks % node == 0:
@@ -111,7 +113,8 @@ def _predict(candidate: Candidate, work: Work, node: int, wires: Wires) -> Predi
     ranks, call = len(work.sizes), work.call
     parts = {"all_gather": 1, "ulysses": 1, "two_d": ranks // inner}.get(kind, ranks)
     products = 3.5 * 2 * work.pairs * (call.dim + call.value_dim)
-    computing = products / wires.flops * (1 + work.cutting * (parts - 1))
+    slower = 1 + work.cutting * (1 - 1 / parts) + work.sorting * (parts - 1)
+    computing = products / wires.flops * slower
     # The part that is there at once, or that comes first, hides nothing and is not hidden.
     hidden = computing * (parts - 1) / parts
     leaves = ranks > node

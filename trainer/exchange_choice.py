@@ -16,12 +16,16 @@ from .settings import ModelSettings, StageSettings
 if TYPE_CHECKING:
     from ..parallel.exchange import Across, ExchangeKind
 
-REACHED = {"zigzag": 0.75, "contiguous": 0.5, "striped": 1.0, "balanced": 0.75}
-"""The share of the other ranks' keys that causal queries of a rank reach in one long document."""
+REACHED = {"zigzag": 0.75, "contiguous": 0.5, "striped": 1.0, "balanced": 0.1}
+"""The share of the other ranks' keys that causal queries of a rank reach: in one long document, and
+under `balanced`, which is for packed ones, in documents of an eighth of the stage's length."""
 
-CUTTING, CHOSEN_CUTTING = 0.04, 0.15
-"""How much longer each further part of the keys makes attention: a ring of 8 loses a quarter to a
-third on H100s; choices are sorted again for each part."""
+CUTTING = 0.3, 8192
+"""How much longer attention takes whose keys come in parts, and for so many tokens of a rank: what
+rings lose on H100s. Longer parts lose less."""
+
+SORTING = 0.15
+"""How much longer it takes for each further part if keys are chosen, as choices are sorted anew."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def choose_exchange(
 ) -> ExchangeChoice:
     """The exchange that the recipe names, or with `auto` the one that should be the fastest.
 
-    One document as long as the stage is assumed, and the average of its layers.
+    One document as long as the stage is assumed (see `REACHED`), and the average of its layers.
 
     Args:
         model: The model.
@@ -75,6 +79,8 @@ def _work(model: ModelSettings, stage: StageSettings, wire: int) -> Work:
     ranks, mechanisms = parallel.context, stage.attention.mechanisms(model.layers)
     heads, groups = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
     size = -(-tokens // ranks)
+    document = tokens // 8 if parallel.layout == "balanced" else tokens
+    documents = tokens / max(1, document)
 
     def mean(of: Sequence[float]) -> float:
         return sum(of) / len(of)
@@ -83,9 +89,12 @@ def _work(model: ModelSettings, stage: StageSettings, wire: int) -> Work:
     return Work(
         sizes=[size] * ranks,
         call=Call(heads, groups, width, width, wire),
-        pairs=mean([visible_pairs(each, tokens, heads, groups) for each in mechanisms]) / ranks,
+        pairs=mean([visible_pairs(each, document, heads, groups) for each in mechanisms])
+        * documents
+        / ranks,
         reached=mean([_reached(each, parallel.layout, size, ranks) for each in mechanisms]),
-        cutting=mean([CUTTING if budget(each) is None else CHOSEN_CUTTING for each in mechanisms]),
+        cutting=CUTTING[0] * min(1.0, CUTTING[1] / size),
+        sorting=mean([0.0 if budget(each) is None else SORTING for each in mechanisms]),
     )
 
 
