@@ -5,7 +5,7 @@ Shapes: T query rows, S keys, P windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,10 +48,35 @@ class Documents(Once):
         """Causal attention inside each document, over at most `window` tokens."""
 
         def make() -> Reach:
-            reach = Reach.documents(self.cu_seqlens, window)
-            return reach if self.index_T is None else reach.rows(self.index_T)
+            if self.index_T is None:
+                return Reach.documents(self.cu_seqlens, window)
+            return self.of_all.reach(window).rows(self.index_T)
 
         return self.once(("reach", window), make)
+
+    def restricted(self, key: Hashable, make: Callable[[Documents], Reach]) -> Reach:
+        """A reach planned for all tokens and restricted to the query rows, made once for each key.
+
+        Reaches over tokens that other ranks may own are planned in this way: an exchange that
+        moves queries, or plans for all ranks, then has to ask nobody (see `Reach.of_all`).
+
+        Args:
+            key: Tells the reach from others.
+            make: Makes it from the same documents with all tokens as query rows.
+        """
+
+        def made() -> Reach:
+            reach = make(self.of_all)
+            return reach if self.index_T is None else reach.rows(self.index_T)
+
+        return self.once(key, made)
+
+    @property
+    def of_all(self) -> Documents:
+        """The same documents with all tokens as query rows."""
+        if self.index_T is None:
+            return self
+        return self.once("of all", lambda: Documents(self.cu_seqlens, final=self.final))
 
     def grid(self, size: int) -> Grid:
         """Blocks of `size` tokens in each document, the last one shorter."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.blocks import Blocks
-from ..kernels.mirror import Mirror
 from ..kernels.pool import pool
 from ..kernels.pooled import Pooled
 from ..kernels.reach import Reach
@@ -64,14 +63,12 @@ class InfllmV2(nn.Module):
             ctx.look(q_THD, k_SGD, None if blocks is None else in_blocks(blocks))
             return ctx.attend(q_THD, k_SGD, v_SGV, ctx.reach, blocks)[0]
         split = documents.once(("split", below), lambda: Split.of(documents, below))
-        short, long = (q_THD.index_select(0, rows.on(q_THD.device)) for rows in split.rows)
-        blocks = self._choose(long, k_SGD, split.reaches[1], ctx)
+        blocks = self._choose(q_THD, k_SGD, split.long, ctx)
         ctx.look(q_THD, k_SGD, split.seen(blocks))
-        outs = (
-            ctx.attend(short, k_SGD, v_SGV, split.reaches[0])[0],
-            ctx.attend(long, k_SGD, v_SGV, split.reaches[1], blocks)[0],
-        )
-        return torch.cat(outs).index_select(0, split.order.on(q_THD.device))
+        short_THV, _ = ctx.attend(q_THD, k_SGD, v_SGV, split.short)
+        long_THV, _ = ctx.attend(q_THD, k_SGD, v_SGV, split.long, blocks)
+        # A row that sees nothing, or a sink alone, has output 0.
+        return short_THV + long_THV
 
     def _choose(self, q_THD: Tensor, k_SGD: Tensor, reach: Reach, ctx: Context) -> Blocks:
         """The blocks that the queries choose, from keys that have turned."""
@@ -100,42 +97,43 @@ class InfllmV2(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The query rows of short and of long documents.
+    """What the query rows see, apart for short and for long documents.
 
     Attributes:
-        rows: Numbers of the short and of the long documents' rows, ascending.
-        reaches: Their reaches.
-        order: Where each row is among the short ones followed by the long ones.
+        short: The reach of the rows of short documents; those of long ones see nothing.
+        long: The other way round.
     """
 
-    rows: tuple[Mirror, Mirror]
-    reaches: tuple[Reach, Reach]
-    order: Mirror
+    short: Reach
+    long: Reach
 
     @classmethod
     def of(cls, documents: Documents, below: int) -> Split:
         """Splits at documents of `below` tokens, the first ones that are long."""
-        long_T, reach = documents.lengths() >= below, documents.reach()
-        rows = [mask_T.nonzero()[:, 0] for mask_T in (~long_T, long_T)]
-        order_T = torch.cat(rows).argsort()
-        return cls(
-            (Mirror(rows[0]), Mirror(rows[1])),
-            (reach.rows(rows[0]), reach.rows(rows[1])),
-            Mirror(order_T),
-        )
+
+        def part(of_long: bool) -> Reach:
+            return documents.restricted(
+                ("part", below, of_long), lambda every: _part(every, below, of_long)
+            )
+
+        return cls(part(False), part(True))
 
     def seen(self, blocks: Blocks) -> Chosen:
         """What each row sees, where those of long documents chose `blocks`; for the probe."""
-        short, of_long = len(self.reaches[0]), in_blocks(blocks)
-        order_T = self.order.on(torch.device("cpu"))
+        long_T, of_long = self.long.first_T < self.long.last_T, in_blocks(blocks)
 
         def chosen(row: int, first: int, last: int) -> Tensor:
-            at = int(order_T[row])
-            if at < short:
-                return torch.ones(1, last - first, dtype=torch.bool)
-            return of_long(at - short, first, last)
+            if long_T[row]:
+                return of_long(row, first, last)
+            return torch.ones(1, last - first, dtype=torch.bool)
 
         return chosen
+
+
+def _part(documents: Documents, below: int, of_long: bool) -> Reach:
+    """What the rows of long documents see, or those of short ones; the others nothing."""
+    reach, hidden_T = documents.reach(), (documents.lengths() >= below) != of_long
+    return Reach(reach.first_T, torch.where(hidden_T, reach.first_T, reach.last_T))
 
 
 def _all_dense(documents: Documents, below: int) -> bool | None:

@@ -47,7 +47,7 @@ class ShardedHeads(nn.Module):
         settings, documents = self.settings, ctx.documents
         q_THD, k_SGD = ctx.turn_queries(q_THD), ctx.turn_keys(k_SGD)
         blocks = settings.block, settings.local
-        near = documents.once(("near blocks", *blocks), lambda: _near(documents, *blocks))
+        near = documents.restricted(("near blocks", *blocks), lambda every: _near(every, *blocks))
         near = ctx.attend(q_THD, k_SGD, v_SGV, near)
         ctx.look(q_THD, k_SGD, self._seen)
         key = "far blocks", *blocks, settings.stride, self.shards, k_SGD.shape[1]

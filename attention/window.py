@@ -42,8 +42,8 @@ class Window(nn.Module):
         if not first:
             ctx.look(q_THD, k_SGD, in_reach(near_reach))
             return near[0]
-        far_reach = ctx.documents.once(
-            ("first", window, first), lambda: _first_tokens(ctx.documents, window, first)
+        far_reach = ctx.documents.restricted(
+            ("first", window, first), lambda every: _first_tokens(every, window, first)
         )
         ctx.look(q_THD, k_SGD, in_reach(near_reach, far_reach))
         far = ctx.attend(q_THD, k_SGD, v_SGV, far_reach, sinks=False)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .boundaries import boundaries
 from .mirror import Mirror
+from .once import Once
 
 if TYPE_CHECKING:
     from .reach import Reach
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class Grid(Once):
     """Block b holds the keys [starts[b], starts[b + 1]); a block may be empty.
 
     Each document has blocks of its own, the last one shorter, so that no block holds keys of two

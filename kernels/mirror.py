@@ -7,17 +7,21 @@ from torch import Tensor
 
 
 class Mirror:
-    """Copies of a host tensor as int32 on devices, each made once and without waiting."""
+    """Copies of a host tensor as int32 on devices, each made once and without waiting.
+
+    Attributes:
+        host: The tensor.
+    """
 
     def __init__(self, host: Tensor) -> None:
-        self._host = host
+        self.host = host
         self._copies: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The copy on `device`."""
         copy = self._copies.get(device)
         if copy is None:
-            copy = self._host.int()
+            copy = self.host.int()
             if device.type == "cuda":
                 # Only a copy from pinned memory does not wait for the device.
                 copy = copy.pin_memory().to(device, non_blocking=True)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .boundaries import boundaries
 from .mirror import Mirror
+from .once import Once
 from .pieces import RowGroup, plan_pieces
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class Reach(Once):
     """For each query row the half-open interval [first, last) of key positions that it sees.
 
     The bounds live on the host: planning happens there, once per micro-batch, so that attention
@@ -30,12 +31,17 @@ class Reach:
         cu_seqlens: Document boundaries that the reach was built from, or None if it was
             restricted since, so that a kernel for packed documents may not assume them.
         window: Tokens visible to a row, itself included; None for all earlier ones.
+        whole: The reach of all rows of the sequence; None if these are all, or if the keys were
+            restricted since.
+        index_T: Which of those rows these are, int64 [T] on the host; None where `whole` is.
     """
 
     first_T: Tensor
     last_T: Tensor
     cu_seqlens: tuple[int, ...] | None = None
     window: int | None = None
+    whole: Reach | None = None
+    index_T: Tensor | None = None
 
     def __post_init__(self) -> None:
         for bound in (self.first_T, self.last_T):
@@ -43,6 +49,7 @@ class Reach:
                 raise ValueError(f"bounds of a reach must be int64 on the host, not {bound}")
             if bound.shape != (len(self.first_T),):
                 raise ValueError(f"bounds of a reach must be [T], not {list(bound.shape)}")
+        assert (self.whole is None) == (self.index_T is None)
 
     @classmethod
     def documents(cls, cu_seqlens: Tensor | Sequence[int], window: int | None = None) -> Reach:
@@ -65,29 +72,39 @@ class Reach:
         return cls(first_T, position_T + 1, tuple(cu.tolist()), window)
 
     def rows(self, index_T: Tensor) -> Reach:
-        """The reach of the queries `index_T`, in that order."""
+        """The reach of the queries `index_T`, in that order, which remembers the one of all.
+
+        Args:
+            index_T: Numbers of rows of this reach, int64 on the host.
+        """
         if len(index_T) == len(self) and bool((index_T == torch.arange(len(self))).all()):
             return self
-        return Reach(self.first_T[index_T], self.last_T[index_T])
+        of_T = index_T if self.index_T is None else self.index_T[index_T]
+        first_T, last_T = self.first_T[index_T], self.last_T[index_T]
+        return Reach(first_T, last_T, whole=self.of_all, index_T=of_T)
 
     def keys(self, index_S: Tensor) -> Reach:
-        """The same queries over local keys only.
+        """The same queries over local keys only; these number otherwise than those of `of_all`.
 
         Args:
             index_S: Positions of the local keys, strictly ascending, int64 [S] on the host.
         """
-        if self.empty:
-            return self
         size = len(index_S)
-        whole = size > 0 and int(index_S[0]) == 0 and int(index_S[-1]) == size - 1
-        if whole and int(self.last_T.max()) <= size:
-            return self
+        leading = size > 0 and int(index_S[0]) == 0 and int(index_S[-1]) == size - 1
+        if self.empty or (leading and int(self.last_T.max()) <= size):
+            # Other rows may see more than these keys.
+            return self if self.whole is None else Reach(self.first_T, self.last_T)
         # Contiguous: searchsorted copies strided bounds and warns about it.
         first_T = torch.searchsorted(index_S, self.first_T.contiguous())
         return Reach(first_T, torch.searchsorted(index_S, self.last_T.contiguous()))
 
     def __len__(self) -> int:
         return len(self.first_T)
+
+    @property
+    def of_all(self) -> Reach:
+        """The reach of all rows of the sequence, which exchanges plan with for every rank."""
+        return self if self.whole is None else self.whole
 
     @cached_property
     def empty(self) -> bool:

@@ -6,6 +6,7 @@ G key-value heads, D key dim, V value dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,15 +16,19 @@ from torch.autograd.function import once_differentiable
 from ..kernels.blocks import Blocks
 from ..kernels.reach import Reach
 from .all_gather import AllGather
+from .fetch import Fetch
 from .gathering import Gathering, gather
 from .layout import Layout
+from .members import Members
 from .method import Kept, Local, Method
 from .ring import Ring
-from .route import ring
+from .route import double_ring, ring
 from .seen import Seen
 from .transport import Transport
+from .ulysses import Ulysses
 
-ExchangeKind = Literal["ring", "all_gather"]
+ExchangeKind = Literal["all_gather", "ring", "double_ring", "fetch", "ulysses", "two_d"]
+Across = Literal["ring", "all_gather"]
 
 
 class Exchange:
@@ -77,23 +82,59 @@ class Exchange:
 
 
 def make_exchange(
-    kind: ExchangeKind, layout: Layout, transport: Transport | None = None
+    kind: ExchangeKind,
+    layout: Layout,
+    transport: Transport | None = None,
+    *,
+    inner: int = 1,
+    across: Across = "ring",
 ) -> Exchange:
     """The exchange of one rank.
 
     Args:
-        kind: `ring`: shards of keys and values go round while the one before is computed.
-            `all_gather`: every rank gathers all keys and values, then attends once.
+        kind: How keys and values meet queries.
+            `all_gather`: every rank gathers the keys of one head after the other.
+            `ring`: shards of keys go round while the one before is computed.
+            `double_ring`: they go round inside of a node, and meanwhile on to the next one.
+            `fetch`: every rank receives the keys that some of its queries reach, and no others.
+            `ulysses`: ranks trade tokens for heads and back.
+            `two_d`: neighbours trade heads, and then attend across nodes.
         layout: Which tokens each rank owns.
         transport: The network between the ranks; may be None if there is one rank.
+        inner: Of `double_ring` and `two_d`: neighbouring ranks that share a node. A divisor of the
+            ranks.
+        across: Of `two_d`: the exchange between nodes.
     """
     if layout.ranks == 1:
         return Exchange(Local())
     assert transport is not None and transport.size == layout.ranks, (layout.ranks, transport)
-    gathering = Gathering(layout, transport)
-    if kind == "ring":
-        return Exchange(Ring(layout, transport, ring(layout.ranks)), gathering)
-    return Exchange(AllGather(gathering), gathering)
+    assert layout.ranks % inner == 0, (layout.ranks, inner)
+    makers: dict[ExchangeKind, Callable[[], Method]] = {
+        "all_gather": lambda: AllGather(Gathering(layout, transport)),
+        "ring": lambda: Ring(layout, transport, ring(layout.ranks)),
+        "double_ring": lambda: Ring(layout, transport, double_ring(layout.ranks, inner)),
+        "fetch": lambda: Fetch(layout, transport),
+        "ulysses": lambda: _ulysses(layout, transport, layout.ranks, "ring"),
+        "two_d": lambda: _ulysses(layout, transport, inner, across),
+    }
+    return Exchange(makers[kind](), Gathering(layout, transport))
+
+
+def _ulysses(layout: Layout, transport: Transport, inner: int, across: Across) -> Method:
+    """Neighbours trade heads; ranks with the same ones attend over the tokens of all nodes."""
+    node, place = divmod(transport.rank, inner)
+    members = range(node * inner, (node + 1) * inner)
+    method: Method = Local()
+    if inner < layout.ranks:
+        nodes = layout.ranks // inner
+        joined = layout.joined(range(n * inner, (n + 1) * inner) for n in range(nodes))
+        peers = Members(transport, range(place, layout.ranks, inner))
+        gathers = across == "all_gather"
+        method = (
+            AllGather(Gathering(joined, peers)) if gathers else Ring(joined, peers, ring(nodes))
+        )
+    index = [layout.index(rank) for rank in members]
+    return Ulysses(Members(transport, members), index, method)
 
 
 class _Attend(torch.autograd.Function):
@@ -112,7 +153,7 @@ class _Attend(torch.autograd.Function):
         seen = Seen(reach, blocks, scale, sink_H)
         out_THV, lse_TH, kept = method.forward(q_THD, k_TGD, v_TGV, seen)
         ctx.save_for_backward(*kept.tensors)
-        ctx.method, ctx.seen = method, kept.without_tensors()
+        ctx.method, ctx.rest = method, kept.rest
         ctx.dtypes = [x.dtype for x in (q_THD, k_TGD, v_TGV)]
         ctx.set_materialize_grads(False)
         return out_THV, lse_TH
@@ -122,7 +163,7 @@ class _Attend(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        kept = Kept.of(ctx.saved_tensors, ctx.seen)
+        kept = Kept.of(ctx.saved_tensors, ctx.rest)
         method: Method = ctx.method
         dout_THV, dlse_TH = grad_outputs
         if dout_THV is None:

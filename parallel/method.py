@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.attend import attend, attend_backward
 from ..kernels.scoring import Gradients
+from .heads import Share
 from .seen import Seen
 
 
@@ -27,6 +28,7 @@ class Kept:
         out: Their output [N, H, V], over all keys.
         lse: Its lse [N, H].
         seen: What was seen.
+        shares: The heads of each rank, where ranks have divided them.
     """
 
     q: Tensor
@@ -35,21 +37,24 @@ class Kept:
     out: Tensor
     lse: Tensor
     seen: Seen
+    shares: tuple[Share, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors that a gradient depends on."""
         return self.q, self.k, self.v, self.out, self.lse, self.seen.sink_H
 
-    def without_tensors(self) -> Seen:
-        """The rest."""
-        return replace(self.seen, sink_H=None)
+    @property
+    def rest(self) -> tuple[Seen, tuple[Share, ...]]:
+        """All that is no such tensor."""
+        return replace(self.seen, sink_H=None), self.shares
 
     @classmethod
-    def of(cls, tensors: tuple[Tensor, ...], seen: Seen) -> Kept:
+    def of(cls, tensors: tuple[Tensor, ...], rest: tuple[Seen, tuple[Share, ...]]) -> Kept:
         """What these two came from."""
         q, k, v, out, lse, sink_H = tensors
-        return cls(q, k, v, out, lse, replace(seen, sink_H=sink_H))
+        seen, shares = rest
+        return cls(q, k, v, out, lse, replace(seen, sink_H=sink_H), shares)
 
 
 class Method(Protocol):

@@ -1,11 +1,13 @@
-"""Parcel: keys and values of some tokens in one message.
+"""Parcel: several tensors of the same tokens in one message.
 
-Shapes: N tokens, G key-value heads, D key dim, V value dim.
+Shapes: N tokens, X numbers of a token in one of the tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,46 +17,46 @@ from .transport import Incoming
 
 @dataclass(frozen=True)
 class Parcel:
-    """Keys, then values, one after the other in one flat tensor.
+    """Tensors, one after the other in one flat tensor.
 
     Attributes:
         flat: All numbers.
-        groups: Key-value heads, G.
-        widths: D and V.
+        shapes: Of a token in each tensor.
     """
 
     flat: Tensor
-    groups: int
-    widths: tuple[int, int]
+    shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def pack(cls, k_NGD: Tensor, v_NGV: Tensor, rows: Tensor | None = None) -> Parcel:
-        """A copy of keys and values.
+    def pack(cls, tensors: Sequence[Tensor], rows: Tensor | None = None) -> Parcel:
+        """A copy of tensors of one dtype.
 
         Args:
-            k_NGD: Keys.
-            v_NGV: Values, of the same dtype.
+            tensors: [N, ...] each.
             rows: Which tokens; None for all.
         """
-        assert k_NGD.dtype == v_NGV.dtype, (k_NGD.dtype, v_NGV.dtype)
-        groups, widths = k_NGD.shape[1], (k_NGD.shape[2], v_NGV.shape[2])
-        parts = (k_NGD, v_NGV)
+        assert len({x.dtype for x in tensors}) == 1, [x.dtype for x in tensors]
+        shapes = tuple(tuple(x.shape[1:]) for x in tensors)
         if rows is not None:
-            parts = tuple(part.index_select(0, rows) for part in parts)
-        return cls(torch.cat([part.reshape(-1) for part in parts]), groups, widths)
-
-    def incoming(self, peer: int, tokens: int) -> Incoming:
-        """What comes where a rank sends as wide a parcel of `tokens` tokens."""
-        return Incoming(peer, tokens * self.groups * sum(self.widths), self.flat)
-
-    def of(self, flat: Tensor) -> Parcel:
-        """Another parcel, as it came."""
-        return Parcel(flat, self.groups, self.widths)
+            tensors = [x.index_select(0, rows) for x in tensors]
+        return cls(torch.cat([x.reshape(-1) for x in tensors]), shapes)
 
     @property
-    def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Views of both."""
-        tokens = self.flat.numel() // max(1, self.groups * sum(self.widths))
-        k, v = self.flat.split([tokens * self.groups * width for width in self.widths])
-        shape = tokens, self.groups
-        return k.view(*shape, self.widths[0]), v.view(*shape, self.widths[1])
+    def width(self) -> int:
+        """Numbers of a token, over all tensors."""
+        return sum(map(prod, self.shapes))
+
+    def incoming(self, peer: int, tokens: int) -> Incoming:
+        """What comes where another rank sends such a parcel of `tokens` tokens."""
+        return Incoming(peer, tokens * self.width, self.flat)
+
+    def of(self, flat: Tensor) -> Parcel:
+        """Another such parcel, as it came."""
+        return Parcel(flat, self.shapes)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Views of all, [N, ...] each."""
+        tokens = self.flat.numel() // max(1, self.width)
+        parts = self.flat.split([tokens * prod(shape) for shape in self.shapes])
+        return [x.view(tokens, *shape) for x, shape in zip(parts, self.shapes, strict=True)]

@@ -160,12 +160,11 @@ def _unused_context(recipe: Recipe) -> Iterator[Problem]:
     for index, stage in enumerate(recipe.stages):
         for name, field in type(stage.parallel).model_fields.items():
             value = getattr(stage.parallel, name)
-            if name in ("exchange", "layout", "canary") and value != field.default:
-                path = f"stages.{index}.parallel.{name}"
+            unused = ("exchange", "inner", "across", "layout", "canary")
+            if name in unused and value != field.default:
+                path, given = f"stages.{index}.parallel.{name}", str(value).lower()
                 expected = "no such setting: with context 1 in every stage it has no effect"
-                yield Problem(
-                    path, str(value).lower(), expected, "set context, or remove the setting"
-                )
+                yield Problem(path, given, expected, "set context, or remove the setting")
 
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:

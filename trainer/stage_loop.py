@@ -6,14 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 
-from ..attention.pairs import prefix_pairs
 from ..attention.probe import Probe
 from ..errors import RunError
-from ..parallel.imbalance import loads_of
 from ..parallel.waiting import Waiting
 from .checkpoints import Cursor
+from .context_load import ContextLoad
 from .data.samples import Sample, TrainingSamples, join
 from .engine.canary import compare
 from .engine.engine import Engine
@@ -23,7 +21,6 @@ from .flops import FlopsCounter
 from .mfu_alarm import MfuAlarm
 from .observe.observer import Observer
 from .observe.sink import StepMetrics
-from .parameters import layer_shape
 from .plan import StagePlan
 from .settings import RunSettings, StageSettings
 from .stopping import StopRequest
@@ -86,9 +83,7 @@ class StageLoop:
         self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
         self.save, self.evaluate = save, evaluate
         self._loss, self._stopping = math.nan, False
-        mechanisms, shape = stage.attention.mechanisms(run.model.layers), layer_shape(run.model)
-        pairs = partial(prefix_pairs, mechanisms, shape.heads, shape.groups)
-        self._pairs = lru_cache(maxsize=2**14)(pairs)
+        self._load = ContextLoad(run.model, stage, engine.choice)
         self._count = FlopsCounter(run.model, stage, engine.model.real_vocab)
         self._peak = engine.peak_flops
         self._alarm = MfuAlarm(self._peak)
@@ -152,15 +147,6 @@ class StageLoop:
         packed = (self.samples.packing[number] for number in range(first, after.next_sample))
         return self._count(piece.length for pieces in packed for piece in pieces)
 
-    def _imbalance(self, batches: list[Sample]) -> float | None:
-        """The busiest context rank's attention over the mean one's; they wait in each batch."""
-        ranks = self.stage.parallel.context
-        if ranks == 1:
-            return None
-        layout = self.engine.builder(self.engine.tokens_per_batch).layout
-        loads = [loads_of(layout, sample.cu_seqlens, self._pairs) for sample in batches]
-        return sum(map(max, loads)) * ranks / max(1.0, sum(map(sum, loads)))
-
     def _micro_batches(self, first: int) -> list[Sample]:
         """This data rank's micro-batches of the step whose sequences begin at `first`."""
         width, data = self.stage.micro_batch, self.plan.data
@@ -194,6 +180,7 @@ class StageLoop:
         self._stopping = self._stopping or sums["stop"] > 0
         seconds, flops = ended - pending.begun, self._flops(at)
         tokens = self.plan.sequences_per_step * self.stage.length
+        places = ((self.engine.place(s).layout, s.cu_seqlens) for s in pending.batches)
         self.observer.step(
             StepMetrics(
                 step=at.step,
@@ -212,7 +199,7 @@ class StageLoop:
                 mfu=None if self._peak is None else flops / seconds / self._peak,
                 context_bytes=pending.context_bytes,
                 context_wait_s=pending.waiting.seconds(),
-                imbalance=self._imbalance(pending.batches),
+                imbalance=self._load.imbalance(places),
             )
         )
         if (text := self._alarm.done(flops)) is not None:

@@ -11,9 +11,9 @@ import torch
 from longspan.attention.documents import Documents
 from longspan.attention.notes import Notes
 from longspan.attention.probe import MEASURES, Probe
-from longspan.parallel.exchange import make_exchange
 from longspan.parallel.layout import make_layout
 from longspan.parallel.simulation import simulate
+from longspan.tests.parallel.ranks import EXCHANGES, exchange_of
 from support.mechanism_cases import MECHANISMS, SEER
 from support.mechanisms import (
     Inputs,
@@ -73,48 +73,48 @@ def passes(layer, given, fresh):
     return Passes([out, *grads[:4]], [*grads[4:], *learned(layer)], notes.sums, chosen, probe.sums)
 
 
-def on_rank(transport, layer, given, cu, weights, kind, layout):
-    """`passes` of one context rank."""
+def of_rank(transport, given, cu, weights, kind, layout):
+    """The inputs of one context rank, and what makes contexts for them."""
     index = layout.index(transport.rank)
-    own = Inputs(*(x[index] for x in vars(given).values()))
     positions = positions_of(cu)[index]
 
     def fresh(**changes):
         return replace(
             context(cu, weights_T=weights[index], **changes),
-            cp=make_exchange(kind, layout, transport),
+            cp=exchange_of(kind, layout, transport),
             documents=Documents(cu, index),
             positions_T=positions,
             positions_S=positions,
         )
 
-    return passes(deepcopy(layer), own, fresh)
+    return Inputs(*(x[index] for x in vars(given).values())), fresh
 
 
-def rows_that_choose(name, cu):
-    """Which rows are in the lists of choices: InfLLM-V2's short documents are not."""
-    below = CASES[name].get("mechanism", {}).get("dense_below", 0)
-    sizes = torch.tensor(cu).diff()
-    return torch.repeat_interleave(sizes >= below, sizes)
+def a_layer(name):
+    """A case's layer, inputs and loss weights."""
+    stage, where = dict(CASES[name]), site()
+    layer = make(stage.pop("mechanism", {"kind": "dense"}), where, **stage)
+    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2)).double()
+    return layer, inputs(TOKENS, where), weights
 
 
 def one_and_many(name, ranks, kind, layout_kind, cu):
     """By name what one rank computes, and what context ranks do together."""
-    stage, where = dict(CASES[name]), site()
-    layer = make(stage.pop("mechanism", {"kind": "dense"}), where, **stage)
-    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2)).double()
-    given = inputs(TOKENS, where)
+    layer, given, weights = a_layer(name)
     want = passes(layer, given, lambda **how: context(cu, weights_T=weights, **how))
     layout = make_layout(layout_kind, TOKENS, ranks)
-    found = simulate(ranks, lambda t: on_rank(t, layer, given, cu, weights, kind, layout))
+
+    def on_rank(transport):
+        return passes(deepcopy(layer), *of_rank(transport, given, cu, weights, kind, layout))
+
+    found = simulate(ranks, on_rank)
     index = torch.cat([layout.index(rank) for rank in range(ranks)])
-    chose = index[rows_that_choose(name, cu)[index]] if want.chosen else index
     together = Passes(
         [torch.cat(parts)[index.argsort()] for parts in zip(*(x.rows for x in found), strict=True)],
         [sum(parts) for parts in zip(*(x.summed for x in found), strict=True)],
         {label: sum(x.notes[label] for x in found) for label in want.notes},
         {
-            label: torch.cat([x.chosen[label] for x in found])[chose.argsort()]
+            label: torch.cat([x.chosen[label] for x in found])[index.argsort()]
             for label in want.chosen
         },
         sum(x.measured for x in found),
@@ -123,12 +123,15 @@ def one_and_many(name, ranks, kind, layout_kind, cu):
 
 
 def sampled(name, ranks):
-    """A third of the grid, another one for each case; all of it where the environment asks."""
-    grid = list(product(("ring", "all_gather"), ("zigzag", "contiguous"), PACKINGS.values()))
+    """Some of the grid, others for each case; all of it where the environment asks."""
+    layouts = "zigzag", "contiguous", "striped"
+    # There are 4 query heads.
+    exchanges = [exchange for exchange in EXCHANGES if ranks <= 4 or exchange != "ulysses"]
+    grid = list(product(exchanges, layouts, PACKINGS.values()))
     if os.environ.get("LONGSPAN_TEST_GRID") == "full":
         return grid
     Random(f"{name} {ranks}").shuffle(grid)
-    return grid[::3]
+    return grid[:4]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,3 +147,47 @@ def test_context_ranks_are_one_rank_in_fp64(name, ranks):
         for label, ids in one.chosen.items():
             assert torch.equal(many.chosen[label], ids), label
         torch.testing.assert_close(many.means(), one.means(), atol=1e-10, rtol=0)
+
+
+class Recording:
+    """An exchange that remembers the reaches over keys that live where their tokens do."""
+
+    def __init__(self, exchange):
+        self.exchange, self.gather, self.reaches = exchange, exchange.gather, []
+
+    def attend(self, q, k, v, reach, blocks=None, *, here=False, **how):
+        if not here:
+            self.reaches.append(reach)
+        return self.exchange.attend(q, k, v, reach, blocks, here=here, **how)
+
+
+def handed(layer, given, ctx):
+    """The reaches that a layer hands to its exchange, training and in an evaluation."""
+    reaches = []
+    for training in (True, False):
+        recording = Recording(ctx.cp)
+        now = replace(ctx, cp=recording, training=training, learns=training)
+        layer(given.hidden, given.q, given.k, given.v, now)
+        reaches += recording.reaches
+    return reaches
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("cu", PACKINGS.values(), ids=PACKINGS)
+def test_every_reach_over_tokens_knows_what_all_ranks_see(name, cu):
+    layer, given, weights = a_layer(name)
+    ctx = context(cu, weights_T=weights)
+    one, layout = handed(layer, given, ctx), make_layout("zigzag", TOKENS, 2)
+    assert one and all(want.of_all is want and len(want) == TOKENS for want in one)
+
+    def on_rank(transport):
+        own, fresh = of_rank(transport, given, cu, weights, "all_gather", layout)
+        return handed(deepcopy(layer), own, fresh())
+
+    for rank, reaches in enumerate(simulate(2, on_rank)):
+        index = layout.index(rank)
+        for got, want in zip(reaches, one, strict=True):
+            assert got.whole is not None and torch.equal(got.index_T, index)
+            for bound in ("first_T", "last_T"):
+                assert torch.equal(getattr(got.of_all, bound), getattr(want, bound))
+                assert torch.equal(getattr(got, bound), getattr(want, bound)[index])

@@ -63,6 +63,24 @@ def test_restriction_to_everything_keeps_the_reach():
     assert reach.rows(torch.arange(12)).keys(torch.arange(12)) is reach
 
 
+def test_rows_remember_the_reach_of_all_rows_until_the_keys_are_others():
+    reach = Reach.documents([0, 5, 12], 3)
+    assert reach.of_all is reach and reach.index_T is None
+    index = torch.tensor([9, 2, 3, 11])
+    part = reach.rows(index)
+    assert part.of_all is reach and torch.equal(part.index_T, index)
+    assert part.rows(torch.arange(4)) is part
+    of_part = part.rows(torch.tensor([3, 1]))
+    assert of_part.of_all is reach and of_part.index_T.tolist() == [11, 2]
+    for some in (part, of_part):
+        assert torch.equal(some.first_T, reach.first_T[some.index_T])
+        assert torch.equal(some.last_T, reach.last_T[some.index_T])
+    # Also where the keys that these rows see, or none, keep their numbers.
+    for rows, keys in (([9, 2], [1, 2, 8, 9]), ([0, 1], range(5)), ([0, 1], range(7, 9))):
+        local = reach.rows(torch.tensor(rows)).keys(torch.tensor(list(keys)))
+        assert local.of_all is local and local.index_T is None
+
+
 def test_empty():
     reach = Reach.documents([0, 5, 12])
     later = reach.rows(torch.arange(5)).keys(torch.arange(5, 12))

@@ -9,22 +9,38 @@ from longspan.parallel.transport import DistributedTransport, Incoming, Outgoing
 SCALE = 0.4
 LENGTH = 96
 DOCUMENTS = [0, 1, 20, 50, 96]
+EXCHANGES = {
+    "ring": {},
+    "double_ring": {"inner": 2},
+    "all_gather": {},
+    "fetch": {},
+    "ulysses": {},
+    "two_d_ring": {"kind": "two_d", "inner": 2, "across": "ring"},
+    "two_d_all_gather": {"kind": "two_d", "inner": 2, "across": "all_gather"},
+}
 
 
 def whole_tensors(dtype=torch.float64, length=LENGTH):
     """q, k, v and the output's gradient of the whole sequence; the value dim is smaller."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(length, 4, 6), (length, 2, 6), (length, 2, 4), (length, 4, 4)]
+    shapes = [(length, 8, 6), (length, 2, 6), (length, 2, 4), (length, 8, 4)]
     return [
         torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes
     ]
+
+
+def exchange_of(name, layout, transport):
+    """The exchange of `EXCHANGES`; a node holds no more ranks than there are."""
+    how = dict(EXCHANGES[name])
+    how["inner"] = min(how.get("inner", 1), layout.ranks)
+    return make_exchange(how.pop("kind", name), layout, transport, **how)
 
 
 def attend_on_rank(transport, kind, layout, reach, tensors):
     """This rank's rows of output, dq, dk and dv."""
     index = layout.index(transport.rank if transport else 0)
     q, k, v = (x[index].clone().requires_grad_() for x in tensors[:3])
-    exchange = make_exchange(kind, layout, transport)
+    exchange = exchange_of(kind, layout, transport)
     out = exchange.attend(q, k, v, reach.rows(index), scale=SCALE)[0]
     return out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3][index])
 

@@ -10,9 +10,11 @@ from longspan.parallel.layout import make_layout
 from longspan.parallel.simulation import simulate
 from longspan.tests.parallel.ranks import (
     DOCUMENTS,
+    EXCHANGES,
     LENGTH,
     SCALE,
     attend_on_rank,
+    exchange_of,
     gloo_attend,
     together,
     whole_tensors,
@@ -20,8 +22,7 @@ from longspan.tests.parallel.ranks import (
 from reference.attention import naive_attend, naive_gradients
 from reference.visibility import visible_in
 
-KINDS = ["ring", "all_gather"]
-LAYOUTS = ["zigzag", "contiguous"]
+LAYOUTS = ["zigzag", "contiguous", "striped"]
 NAMES = ["out", "dq", "dk", "dv"]
 
 
@@ -41,7 +42,7 @@ def naive(reach, tensors):
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("cu", [DOCUMENTS, [0, LENGTH], [0, 13, LENGTH]])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXCHANGES)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_any_number_of_ranks_is_exact_in_fp64(ranks, kind, layout, cu, window):
     reach, tensors = Reach.documents(cu, window), whole_tensors()
@@ -51,11 +52,12 @@ def test_any_number_of_ranks_is_exact_in_fp64(ranks, kind, layout, cu, window):
 
 
 @pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1.5), (torch.bfloat16, 1.02)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXCHANGES)
 def test_the_error_does_not_grow_with_ranks(kind, dtype, slack):
     reach, tensors = Reach.documents([0, 100, 512]), whole_tensors(dtype, 512)
     wants, alone = naive(reach, tensors), None
-    for ranks in (1, 2, 4, 8, 16, 32):
+    # Heads are the limit of Ulysses; two dimensions go on.
+    for ranks in (1, 2, 4, 8) if kind == "ulysses" else (1, 2, 4, 8, 16, 32):
         got = on_ranks(ranks, kind, "zigzag", reach, tensors)
         assert {x.dtype for x in got} == {dtype}
         pairs = zip(got, wants, strict=True)
@@ -68,7 +70,7 @@ def test_the_error_does_not_grow_with_ranks(kind, dtype, slack):
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXCHANGES)
 def test_real_gloo_ranks(worlds, kind, layout, window):
     results = worlds(2).run(gloo_attend, kind, layout, window)
     got = together(make_layout(layout, LENGTH, 2), results)
@@ -86,7 +88,7 @@ def test_gradcheck():
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ring", "double_ring", "all_gather", "fetch"])
 def test_keys_that_a_rank_does_not_need_never_touch_it(kind):
     # Two documents of two ranks each: later ranks, and the other document's, are not needed.
     reach, layout = Reach.documents([0, 48, 96]), make_layout("contiguous", 96, 4)
@@ -102,7 +104,36 @@ def test_keys_that_a_rank_does_not_need_never_touch_it(kind):
                 torch.testing.assert_close(result[rows], want[rows])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("layout_kind", LAYOUTS)
+def test_fetch_brings_no_key_that_no_query_of_the_rank_sees(layout_kind, window):
+    reach, layout = Reach.documents(DOCUMENTS, window), make_layout(layout_kind, LENGTH, 4)
+    clean = on_ranks(4, "fetch", layout_kind, reach, whole_tensors())
+    for rank in range(4):
+        rows = layout.index(rank)
+        seen = visible_in(reach.first_T[rows], reach.last_T[rows], LENGTH).any(1)[0]
+        seen[rows] = True
+        assert not seen.all()
+        tensors = whole_tensors()
+        for x in tensors[1:3]:
+            x[~seen] = float("nan")
+        got = on_ranks(4, "fetch", layout_kind, reach, tensors)
+        for result, want in zip(got[:2], clean[:2], strict=True):
+            torch.testing.assert_close(result[rows], want[rows])
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_heads_never_touch_each_other(kind):
+    reach = Reach.documents(DOCUMENTS)
+    clean, tensors = on_ranks(4, kind, "zigzag", reach, whole_tensors()), whole_tensors()
+    for x in tensors[1:3]:
+        x[:, 1] = float("nan")
+    got = on_ranks(4, kind, "zigzag", reach, tensors)
+    for result, want, first in zip(got, clean, (4, 4, 1, 1), strict=True):
+        torch.testing.assert_close(result[:, :first], want[:, :first])
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
 @pytest.mark.parametrize("token", [20, 33, 49, 50])
 def test_a_token_reaches_later_tokens_of_its_document_only(kind, token):
     reach, tensors = Reach.documents(DOCUMENTS), whole_tensors()
@@ -115,25 +146,24 @@ def test_a_token_reaches_later_tokens_of_its_document_only(kind, token):
     assert changed.tolist() == list(range(token, end))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_local_tensors_are_kept_for_the_backward(kind):
-    reach, tensors, layout = (
-        Reach.documents(DOCUMENTS),
-        whole_tensors(),
-        make_layout("zigzag", 96, 4),
-    )
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_a_backward_needs_no_more_than_the_tensors_of_a_rank(kind):
+    reach, layout = Reach.documents(DOCUMENTS), make_layout("zigzag", 96, 4)
 
     def kept_on_rank(transport):
         kept = []
         keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
         with keep:
-            attend_on_rank(transport, kind, layout, reach, tensors)
-        return [len(x) for x in kept]
+            attend_on_rank(transport, kind, layout, reach, whole_tensors())
+        return [x.numel() for x in kept]
 
-    assert simulate(4, kept_on_rank) == [[24] * 5] * 4
+    # Four ranks have more heads than there are keys' heads, of which two ranks have each one.
+    copies = 2 if kind == "ulysses" else 1
+    of_rank = [24 * 8 * 6, copies * 24 * 2 * 6, copies * 24 * 2 * 4, 24 * 8 * 4, 24 * 8]
+    assert simulate(4, kept_on_rank) == [of_rank] * 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXCHANGES)
 def test_layers_share_one_plan(kind, monkeypatch):
     layout, tensors, calls = make_layout("zigzag", 96, 4), whole_tensors(), []
     for owner, name in [(reach_module, "plan_pieces"), (Reach, "keys")]:
@@ -144,7 +174,7 @@ def test_layers_share_one_plan(kind, monkeypatch):
     def plans(layers):
         def body(transport):
             index = layout.index(transport.rank)
-            exchange = make_exchange(kind, layout, transport)
+            exchange = exchange_of(kind, layout, transport)
             reach = Reach.documents(DOCUMENTS).rows(index)
             for _ in range(layers):
                 exchange.attend(*(x[index] for x in tensors[:3]), reach, scale=SCALE)
@@ -158,7 +188,7 @@ def test_layers_share_one_plan(kind, monkeypatch):
 
 def test_one_rank_needs_no_transport():
     reach, tensors = Reach.documents(DOCUMENTS), whole_tensors()
-    for kind in KINDS:
+    for kind in EXCHANGES:
         layout = make_layout("zigzag", LENGTH, 1)
         got = attend_on_rank(None, kind, layout, reach, tensors)
         for result, want in zip(got, naive(reach, tensors), strict=True):

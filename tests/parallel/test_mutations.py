@@ -4,7 +4,7 @@ import pytest
 import torch
 from longspan.kernels.mirror import Mirror
 from longspan.kernels.reach import Reach
-from longspan.parallel import ring
+from longspan.parallel import ring, shards
 from longspan.parallel.gathering import Gathering
 from longspan.tests.parallel import test_exchange
 from longspan.tests.parallel.ranks import DOCUMENTS
@@ -54,7 +54,7 @@ def own_part_only(self, parts_S):
     [
         ("ring", ring.Ring, "_arriving", other_way_round),
         ("ring", ring.Ring, "__init__", keys_one_later),
-        ("ring", ring, "merge", plain_sum),
+        ("ring", shards, "merge", plain_sum),
         ("ring", Reach, "keys", without_the_last),
         ("all_gather", Gathering, "__init__", by_rank),
         ("all_gather", Gathering, "start_sum", own_part_only),

@@ -6,11 +6,9 @@ from unittest.mock import PropertyMock, patch
 
 import pytest
 from longspan.errors import RunError
-from longspan.parallel.imbalance import imbalance
-from longspan.parallel.layout import make_layout
 from longspan.trainer.observe.sink import Sink
 from support.mechanism_cases import MECHANISMS
-from support.tiny import LENGTH, VOCAB, random_sample, tiny_run
+from support.tiny import VOCAB, random_sample, tiny_run
 
 Piece = namedtuple("Piece", "length")
 
@@ -110,19 +108,6 @@ def test_steps_tell_of_waits_and_of_imbalance(worlds):
     assert found == [metrics.imbalance for metrics in other.of("step")]
     assert len(set(found)) == 3 and all(1 < ratio < 1.5 for ratio in found)
     assert all(0 < metrics.context_wait_s < metrics.step_s for metrics in one.of("step"))
-
-
-def test_ranks_wait_for_the_busiest_in_each_micro_batch(worlds):
-    run = tiny_run(ranks=2, stage__parallel={"context": 2, "layout": "contiguous"})
-    first = worlds(2).run(train, run)[0][0].of("step")[0].imbalance
-    layout = make_layout("contiguous", LENGTH, 2)
-    parts, total = [], 0
-    for number in range(4):
-        cu = random_sample(number).cu_seqlens
-        area = sum(n * (n + 1) / 2 for n in cu.diff().tolist())
-        parts.append(area / 2 * imbalance(layout, cu, lambda n: n * (n + 1) / 2))
-        total += area / 2
-    assert first == pytest.approx(sum(parts) / total)
 
 
 def test_one_context_rank_has_neither(worlds):

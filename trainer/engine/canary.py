@@ -19,13 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from ...attention.notes import Notes
-from ...attention.rope import Rope
-from ...parallel.exchange import make_exchange
-from ...parallel.layout import make_layout
 from ..data.samples import Sample
 from .comparison import Comparison
 from .engine import Engine
 from .microbatch import BatchBuilder, MicroBatch
+from .place import Places
 
 SHORTEST = 2048
 """Tokens that mechanisms can choose among, and that fit on a rank in any case."""
@@ -34,7 +32,7 @@ LONGEST = 4096
 """Tokens per context rank beyond which more of them would only cost time."""
 
 
-def canary_tokens(tokens: int, context: int, tensor: int) -> int:
+def canary_tokens(tokens: int, context: int) -> int:
     """How many of a micro-batch's first tokens are compared.
 
     One rank has to hold all of them, so there are no more than it has in a step, unless these are
@@ -43,11 +41,8 @@ def canary_tokens(tokens: int, context: int, tensor: int) -> int:
     Args:
         tokens: Of the micro-batch.
         context: Context ranks.
-        tensor: Tensor ranks; a part of a micro-batch splits evenly over all of both.
     """
-    some = min(max(tokens // context, SHORTEST), LONGEST * context)
-    unit = context * tensor
-    return tokens if tokens <= some else max(1, some // unit) * unit
+    return min(tokens, max(tokens // context, SHORTEST), LONGEST * context)
 
 
 def compare(engine: Engine, sample: Sample) -> Comparison:
@@ -67,7 +62,7 @@ def compare(engine: Engine, sample: Sample) -> Comparison:
     """
     optimizer, parallel, begun = engine.optimizer, engine.stage.parallel, time.monotonic()
     assert optimizer is not None
-    tokens = canary_tokens(len(sample.tokens_T), parallel.context, parallel.tensor)
+    tokens = canary_tokens(len(sample.tokens_T), parallel.context)
     sample = _beginning(sample, tokens)
     together = _together(engine, sample)
     grads = [grad.clone() for grad in optimizer.gradients()]
@@ -85,6 +80,7 @@ def compare(engine: Engine, sample: Sample) -> Comparison:
         total / weight if weight else 0.0 for total, weight in zip(totals, weights, strict=True)
     ]
     return Comparison(
+        exchange=engine.choice.kind,
         tokens=tokens,
         weights=(weights[0], weights[count] / parallel.context),
         losses={name: (means[at], means[at + count]) for at, name in enumerate(together)},
@@ -97,9 +93,9 @@ def compare(engine: Engine, sample: Sample) -> Comparison:
 def _together(engine: Engine, sample: Sample) -> dict[str, torch.Tensor]:
     """The pass of a training step: finished gradients, and this rank's share of each loss."""
     _forget(engine)
-    notes, tokens = Notes(), len(sample.tokens_T)
-    batch = engine.builder(tokens)(sample, notes)
-    reports = engine.accumulate(iter([batch]), 1, tokens)
+    notes = Notes()
+    batches = iter([engine.build(sample, notes)])
+    reports = engine.accumulate(batches, 1, len(sample.tokens_T))
     return _shares(engine, reports, notes)
 
 
@@ -107,7 +103,7 @@ def _alone(engine: Engine, sample: Sample) -> dict[str, torch.Tensor]:
     """The same without context ranks, which here are so many data ranks of one sample."""
     _forget(engine)
     notes, config, frozen = Notes(), engine.config, engine.stage.trainable == "selection"
-    batch = _on_one_rank(engine, len(sample.tokens_T))(sample, notes)
+    batch = _on_one_rank(engine)(sample, notes)
     groups = copy(engine.groups)
     groups.cp = groups.expt_tp  # always of one rank
     finalize = partial(finalize_model_grads, num_tokens=None, pg_collection=groups)
@@ -119,7 +115,7 @@ def _alone(engine: Engine, sample: Sample) -> dict[str, torch.Tensor]:
                 data_iterator=iter([batch]),
                 model=[engine.chunk],
                 num_microbatches=1,
-                seq_length=len(batch.tokens_T),
+                seq_length=len(batch.tokens_R),
                 micro_batch_size=1,
                 forward_only=frozen,
                 pg_collection=groups,
@@ -136,13 +132,12 @@ def _alone(engine: Engine, sample: Sample) -> dict[str, torch.Tensor]:
     return shares
 
 
-def _on_one_rank(engine: Engine, tokens: int) -> BatchBuilder:
+def _on_one_rank(engine: Engine) -> BatchBuilder:
     """What makes micro-batches of which this rank has all tokens."""
-    run, stage = engine.run, engine.stage
-    layout = make_layout("contiguous", tokens, 1)
-    exchange = make_exchange(stage.parallel.exchange, layout)
-    rope, seed = Rope(stage.rope, stage.length), (run.seed, stage.name)
-    return BatchBuilder(layout, 0, exchange, rope, engine.device, seed)
+    parallel, build = engine.stage.parallel, engine.build
+    lone = parallel.model_copy(update={"context": 1})
+    places = Places(lone, engine.choice, 0, None, pairs=float)
+    return BatchBuilder(places, build.rope, build.device, build.seed)
 
 
 def _forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Any, Any]:

@@ -45,6 +45,7 @@ class Comparison:
     """Two passes over the same tokens.
 
     Attributes:
+        exchange: That of the context ranks.
         tokens: Of each data rank.
         weights: Sums of the loss weights, over all data ranks.
         losses: By name the means of the model's `loss` and of those that mechanisms add.
@@ -53,6 +54,7 @@ class Comparison:
         seconds: That both passes took.
     """
 
+    exchange: str
     tokens: int
     weights: Pair
     losses: dict[str, Pair]
@@ -66,6 +68,7 @@ class Comparison:
         losses = dict(self.losses)
         together, alone = losses.pop("loss")
         return {
+            "exchange": self.exchange,
             "tokens": self.tokens,
             "loss": together,
             "loss_alone": alone,
@@ -96,7 +99,7 @@ class Comparison:
         parallel, at = stage.parallel, f"stages.{run.stages.index(stage)}.parallel"
         (loss, loss_alone), (norm, norm_alone) = self.losses["loss"], self.grad_norm
         raise RunError(
-            f"{at}: {parallel.context} context ranks (exchange {parallel.exchange}, layout "
+            f"{at}: {parallel.context} context ranks (exchange {self.exchange}, layout "
             f"{parallel.layout}) do not compute what each of them computes alone on "
             f"{self.tokens:,} tokens of the first micro-batch: loss {loss:.6g} and alone "
             f"{loss_alone:.6g}, gradient norm {norm:.6g} and alone {norm_alone:.6g}, difference "

@@ -1,0 +1,78 @@
+"""Ranges: which keys the rows of one rank reach, and who owns them; plain host arithmetic.
+
+Shapes: T rows or tokens of a rank, N ranges, P ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.reach import Reach
+from .layout import Layout
+
+
+def reached(reach: Reach) -> tuple[Tensor, Tensor]:
+    """The keys that some row sees, as disjoint ascending ranges: first and one past the last, [N].
+
+    Args:
+        reach: Of some rows.
+    """
+    sees = reach.first_T < reach.last_T
+    first, last = reach.first_T[sees], reach.last_T[sees]
+    if not len(first):
+        return first, last
+    order = first.argsort(stable=True)
+    first, until = first[order], last[order].cummax(0).values
+    begins = torch.ones(len(first), dtype=torch.bool)
+    begins[1:] = first[1:] > until[:-1]
+    ends = torch.ones_like(begins)
+    ends[:-1] = begins[1:]
+    return first[begins], until[ends]
+
+
+def within(first_N: Tensor, last_N: Tensor, index_T: Tensor) -> Tensor:
+    """The numbers of those positions, ascending, that lie in ascending disjoint ranges."""
+    from_N, to_N = torch.searchsorted(index_T, first_N), torch.searchsorted(index_T, last_N)
+    sizes_N = to_N - from_N
+    before_N = sizes_N.cumsum(0) - sizes_N
+    shift = torch.repeat_interleave(from_N - before_N, sizes_N)
+    return torch.arange(len(shift)) + shift
+
+
+class Needs:
+    """What every rank needs of every rank's tokens.
+
+    Args:
+        reach: Of all rows.
+        layout: Who owns them, and the keys.
+    """
+
+    def __init__(self, reach: Reach, layout: Layout) -> None:
+        assert len(reach) == layout.length, (len(reach), layout.length)
+        self._index = [layout.index(rank) for rank in range(layout.ranks)]
+        self._ranges = [reached(reach.rows(rows)) for rows in self._index]
+        self._layout = layout
+
+    def of(self, rank: int, owner: int) -> Tensor:
+        """What a rank needs of another one's tokens, as the owner's own numbers."""
+        return within(*self._ranges[rank], self._index[owner])
+
+    def positions(self, owner: int, numbers: Tensor) -> Tensor:
+        """Global positions of an owner's tokens."""
+        return self._index[owner][numbers]
+
+    def counts(self) -> Tensor:
+        """How many tokens each rank needs of each owner, [ranks, owners]."""
+        ranks, length = self._layout.ranks, self._layout.length
+        # All owners' tokens one after the other, so that one search serves all.
+        apart_P1 = torch.arange(ranks)[:, None] * (length + 1)
+        index = torch.cat([x + apart for x, apart in zip(self._index, apart_P1, strict=True)])
+        first, last = (torch.cat(bounds) for bounds in zip(*self._ranges, strict=True))
+        found_PN = torch.searchsorted(index, last + apart_P1)
+        found_PN -= torch.searchsorted(index, first + apart_P1)
+        of_N = torch.repeat_interleave(
+            torch.arange(ranks), torch.tensor([len(first) for first, _ in self._ranges])
+        )
+        counts = torch.zeros(ranks, ranks, dtype=torch.int64)
+        return counts.index_add_(0, of_N, found_PN.T.contiguous())
