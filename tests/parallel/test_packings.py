@@ -12,7 +12,7 @@ from longspan.kernels.reach import Reach
 from longspan.parallel.exchange import Exchange, Local
 from longspan.parallel.layout import Layout, make_layout
 from longspan.parallel.simulation import simulate
-from longspan.tests.parallel.ranks import EXCHANGES, SCALE, exchange_of
+from longspan.tests.parallel.ranks import EXCHANGES, KEEPING, SCALE, exchange_of
 
 HEADS, GROUPS, DIM, VALUE_DIM = 8, 2, 6, 4
 FULL = os.environ.get("LONGSPAN_TEST_GRID") == "full"
@@ -103,7 +103,7 @@ GRID = list(
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("name", [*EXCHANGES, *KEEPING])
 def test_any_documents_of_any_owners_are_those_of_one_rank_in_fp64(name, ranks):
     cases = [(*case, seed) for seed, case in enumerate(GRID)]
     if not FULL:

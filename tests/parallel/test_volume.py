@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -55,6 +56,18 @@ def test_an_exchange_sends_what_the_closed_form_says(kind, how, ranks):
         given = Work(layout, DOCUMENTS[length], groups, dtype, choosers, learns_lse)
         for rank, found in enumerate(traces(kind, how, given)):
             assert found.volume == closed(kind, how, given, rank), (given, rank)
+
+
+@pytest.mark.parametrize(("kind", "how"), [x for x in HOW.items() if x[0] != "ulysses"])
+def test_keys_that_are_kept_do_not_travel_again(kind, how):
+    given = work(61, 4, cu=DOCUMENTS[61])
+    kept, needs = replace(given.call, keeps=True), given.needs if kind == "fetch" else None
+    for rank, found in enumerate(traces(kind, {**how, "keeps": True}, given)):
+        want = volume_of(kind, given.layout.sizes, rank, kept, needs=needs, **how)
+        again = closed(kind, how, given, rank)
+        assert found.volume == want
+        assert want.forward == again.forward and want.backward <= again.backward
+        assert want.backward < again.backward or not want.forward
 
 
 @pytest.mark.parametrize(("kind", "how"), HOW.items())
