@@ -1,6 +1,5 @@
 """Bytes that are sent, against the closed forms."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +15,8 @@ from longspan.parallel.traffic import CountedTransport, Traffic
 from longspan.parallel.volume import Call, volume_of, volume_of_gathering
 from longspan.tests.parallel.test_packings import owned_at_random
 from longspan.tests.parallel.traced import BYTES, HOW, Work, gloo_trace, traces, work
+from support.grid import sample
 
-FULL = os.environ.get("LONGSPAN_TEST_GRID") == "full"
 DOCUMENTS = {96: (0, 1, 20, 50, 96), 61: (0, 7, 40, 61)}
 EXCHANGES = [
     *HOW.items(),
@@ -45,9 +44,8 @@ def closed(kind, how, given, rank):
 )
 def test_an_exchange_sends_what_the_closed_form_says(kind, how, ranks):
     random = Random(f"{kind} {how} {ranks}")
-    for owned, length, dtype, groups, chosen in (
-        CASES if FULL else random.sample(CASES, 16 // ranks)
-    ):
+    cases = sample(f"{kind} {how} {ranks}", CASES, 16 // ranks)
+    for owned, length, dtype, groups, chosen in cases:
         uneven = owned == "random"
         layout = (owned_at_random(random, length, ranks) if uneven
                   else make_layout("zigzag", length, ranks))  # fmt: skip
