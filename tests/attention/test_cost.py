@@ -119,13 +119,14 @@ def test_closed_forms(tokens):
 
 @pytest.mark.parametrize("raw", MECHANISMS, ids=str)
 def test_longer_prefixes_have_no_fewer_pairs(raw):
-    pairs = [prefix_pairs([settings_of(raw)], 4, 2, n) for n in range(80)]
+    count = prefix_pairs([settings_of(raw)], 4, 2)
+    pairs = [count(tokens) for tokens in range(80)]
     assert pairs[0] == 0 and all(one <= other for one, other in pairwise(pairs))
 
 
 def test_prefixes_are_counted_over_all_layers():
     kinds = [settings_of(raw) for raw in (NSA, {"kind": "dense"}, NSA)]
-    assert prefix_pairs(kinds, 4, 2, 50) == sum(visible_pairs(x, 50, 4, 2) for x in kinds) / 4
+    assert prefix_pairs(kinds, 4, 2)(50) == sum(visible_pairs(x, 50, 4, 2) for x in kinds) / 4
 
 
 @pytest.mark.parametrize("raw", MECHANISMS, ids=str)
