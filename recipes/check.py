@@ -160,7 +160,7 @@ def _unused_context(recipe: Recipe) -> Iterator[Problem]:
     for index, stage in enumerate(recipe.stages):
         for name, field in type(stage.parallel).model_fields.items():
             value = getattr(stage.parallel, name)
-            unused = ("exchange", "inner", "across", "layout", "canary")
+            unused = ("exchange", "inner", "across", "keep_keys", "layout", "canary")
             if name in unused and value != field.default:
                 path, given = f"stages.{index}.parallel.{name}", str(value).lower()
                 expected = "no such setting: with context 1 in every stage it has no effect"

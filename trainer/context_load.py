@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache, partial
 
 from torch import Tensor
 
@@ -30,8 +29,7 @@ class ContextLoad:
 
     def __init__(self, model: ModelSettings, stage: StageSettings, choice: ExchangeChoice) -> None:
         mechanisms, shape = stage.attention.mechanisms(model.layers), layer_shape(model)
-        pairs = partial(prefix_pairs, mechanisms, shape.heads, shape.groups)
-        self._pairs = lru_cache(maxsize=2**14)(pairs)
+        self._pairs = prefix_pairs(mechanisms, shape.heads, shape.groups)
         self._ranks, tensor = stage.parallel.context, stage.parallel.tensor
         teams = {"ulysses": self._ranks, "two_d": choice.inner}
         self._team = teams.get(choice.kind, 1)
