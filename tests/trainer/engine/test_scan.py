@@ -1,9 +1,10 @@
 import time
+
 import pytest
+from longspan.tests.trainer.engine.test_layouts import ODD, relative
 from support.cases import train
 from support.mechanism_cases import MECHANISMS
 from support.tiny import tiny_run
-from longspan.tests.trainer.engine.test_layouts import relative, ODD
 
 
 @pytest.mark.parametrize("other", ["tensor", "pipeline"])
