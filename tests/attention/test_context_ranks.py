@@ -150,7 +150,10 @@ class Recording:
     """An exchange that remembers the reaches over keys that live where their tokens do."""
 
     def __init__(self, exchange):
-        self.exchange, self.gather, self.reaches = exchange, exchange.gather, []
+        self.exchange, self.reaches = exchange, []
+
+    def __getattr__(self, name):
+        return getattr(self.exchange, name)
 
     def attend(self, q, k, v, reach, blocks=None, *, here=False, **how):
         if not here:
