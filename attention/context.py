@@ -175,9 +175,9 @@ class Context:
             self.probe.look(self.layer, q_THD, self.gather(k_SGD), *how)
 
     def measure(self, measure: str, value: Tensor) -> None:
-        """Have the probe, if there is one, note the mean of a value; see `MEASURES`."""
+        """Have the probe, if there is one, note a mean over rows, or a number; see `MEASURES`."""
         if self.probe is not None:
-            self.probe.add(self.layer, measure, value)
+            self.probe.add(self.layer, measure, value, len(value) if value.ndim else 1)
 
     def choose(self, name: str, make: Callable[[], Blocks]) -> Blocks:
         """What `make` chooses; in the second pass of a layer what it chose in the first.
