@@ -5,6 +5,8 @@ Tokens of a document are counted from 1, so that the t-th one sees t keys in den
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .mechanism_settings import (
     IndexerSettings,
     InfllmV2Settings,
@@ -108,6 +110,28 @@ def visible_pairs(
             return heads * (ramp(tokens, count) if block == 1 else chosen(tokens, block, count))
         case _:
             return heads * every
+
+
+def prefix_pairs(
+    mechanisms: Sequence[MechanismSettings], heads: int, groups: int, tokens: int
+) -> float:
+    """Visible pairs of a document's first tokens, over all layers, in units of one head.
+
+    It never decreases with the tokens: documents of InfLLM-V2 all count as if they were long.
+
+    Args:
+        mechanisms: Of the layers.
+        heads: Query heads of a layer.
+        groups: Key-value heads of a layer.
+        tokens: How many.
+    """
+    pairs = 0.0
+    for mechanism in dict.fromkeys(mechanisms):
+        alike = mechanisms.count(mechanism)
+        if isinstance(mechanism, InfllmV2Settings):
+            mechanism = mechanism.model_copy(update={"dense_below": 0})
+        pairs += alike * visible_pairs(mechanism, tokens, heads, groups) / heads
+    return pairs
 
 
 def ssa_streams(mechanism: SsaSettings, learning: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Heads: which of a layer's heads one rank attends with.
+"""Heads: which of a layer's heads one rank attends with. Importing this needs no torch.
 
 Shapes: H query heads, G key-value heads, Q query groups, C block heads, N blocks per choice.
 """
@@ -6,10 +6,10 @@ Shapes: H query heads, G key-value heads, Q query groups, C block heads, N block
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Share(NamedTuple):
@@ -73,6 +73,8 @@ def of_share(ids_QCN: Tensor, share: Share, heads: int, groups: int) -> Tensor:
         heads: All query heads.
         groups: All key-value heads.
     """
+    import torch
+
     choosers = ids_QCN.shape[1]
     if choosers == 1:
         return ids_QCN

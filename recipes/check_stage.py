@@ -10,6 +10,7 @@ from ..parallel.settings import ParallelSettings
 from ..trainer.plan import model_ranks
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
 from .check_attention import check_attention
+from .check_exchange import check_exchange
 from .check_rope import check_rope
 from .fixes import around, divisors, either
 from .recipe import Recipe
@@ -26,6 +27,7 @@ def check_stage(recipe: Recipe, stage: StageSettings, index: int, ranks: int) ->
     """
     at = f"stages.{index}"
     yield from _check_tensor(recipe.model, stage.parallel, f"{at}.parallel")
+    yield from check_exchange(recipe.model, stage.parallel, f"{at}.parallel")
     yield from _check_experts(recipe.model, stage, f"{at}.parallel", ranks)
     yield from check_rope(recipe.model, stage, f"{at}.rope")
     yield from check_attention(recipe.model, stage, at)

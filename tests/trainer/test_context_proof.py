@@ -42,7 +42,7 @@ def naive_proof(run):
         bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
         sample = Sample(tokens, labels, torch.ones(len(tokens)), bounds)
         with torch.no_grad():
-            logits = engine.model.logits(engine.builder(len(tokens))(sample)).double()
+            logits = engine.model.logits(engine.build(sample)).double()
         return -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
     full, cut = [], []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from longspan.attention.settings import RopeSettings
-from longspan.parallel.volume import volume_of
+from longspan.parallel.volume import Call, volume_of
 from longspan.recipes.loading import load_recipe
 from longspan.trainer.observe.events import read_events
 
@@ -96,8 +96,9 @@ def test_a_step_reports_what_its_ranks_sent(straight):
     stage, model = recipe.stages[1], recipe.model
     tokens = stage.length * stage.micro_batch // stage.parallel.context
     assert model.hidden is not None and model.heads is not None
-    numbers = 2 * (model.query_groups or model.heads) * (model.hidden // model.heads)
-    of_layer = sum(volume_of(stage.parallel, tokens, numbers, wire=4))
+    groups, dim = model.query_groups or model.heads, model.hidden // model.heads
+    parallel, call = stage.parallel, Call(model.heads, groups, dim, dim, wire=4)
+    of_layer = sum(volume_of(parallel.exchange, [tokens] * parallel.context, 0, call))
     micro_batches = stage.batch_tokens // (stage.length * stage.micro_batch)
     events = [e for e in read_events(straight[0] / "events.jsonl") if e["event"] == "step"]
     want = {step: model.layers * of_layer * micro_batches if step > 8 else 0 for step in range(17)}

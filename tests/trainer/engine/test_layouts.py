@@ -39,7 +39,46 @@ def test_layout_equals_one_rank(worlds, one_rank, name):
     assert relative(found[0], one_rank) < 1e-5
 
 
+# Nothing divides 61 tokens: some ranks have spare rows.
+ODD = 61
+ODD_LAYOUTS = {
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "cp2_zigzag": (2, {"context": 2}),
+    "cp2_striped": (2, {"context": 2, "layout": "striped", "exchange": "ring"}),
+    "cp4_contiguous": (4, {"context": 4, "layout": "contiguous"}),
+    "cp4_balanced": (4, {"context": 4, "layout": "balanced", "exchange": "ring"}),
+    "cp2_tp2_sp": (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "balanced"}),
+    "cp2_pp2": (4, {"context": 2, "pipeline": 2, "layout": "balanced"}),
+}
+
+
+@pytest.fixture(scope="module")
+def odd_one_rank(worlds):
+    return worlds(1).run(train, tiny_run(ODD))[0]
+
+
+@pytest.mark.parametrize("name", ODD_LAYOUTS)
+def test_a_length_that_nothing_divides_equals_one_rank(worlds, odd_one_rank, name):
+    ranks, parallel = ODD_LAYOUTS[name]
+    # Sequences that are joined in one micro-batch are laid out together.
+    width = 2 if ranks == 4 else 1
+    run = tiny_run(ODD, stage__parallel=parallel, stage__micro_batch=width)
+    found = worlds(ranks).run(train, run)
+    assert all(result == found[0] for result in found), "ranks disagree on the global sums"
+    assert relative(found[0], odd_one_rank) < 1e-5
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather"])
+def test_a_rank_may_own_nothing(worlds, exchange):
+    expected = worlds(1).run(train, tiny_run(3))[0]
+    split = {"context": 4, "exchange": exchange}
+    found = worlds(4).run(train, tiny_run(3, stage__parallel=split))
+    assert relative(found[0], expected) < 1e-5
+
+
 MOE = {"experts": 4, "top_k": 2, "aux_loss": 0.01}
+# The load-balancing loss is most of the gradient.
+HEAVY_MOE = {**MOE, "aux_loss": 1.0}
 MOE_LAYOUTS = {
     "ep2": (2, {"expert": 2}),
     "cp2_ep2": (2, {"expert": 2, "context": 2}),
@@ -60,6 +99,25 @@ def test_moe_layout_equals_one_rank(worlds, moe_one_rank, name):
     ranks, parallel = MOE_LAYOUTS[name]
     found = worlds(ranks).run(train, tiny_run(stage__parallel=parallel, model__moe=MOE))
     assert relative(found[0], moe_one_rank) < 1e-5
+
+
+ODD_MOE_LAYOUTS = {
+    "cp2_ep2": (2, {"expert": 2, "context": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "cp2_tp2_sp_ep2": (4, {"context": 2, "tensor": 2, "sequence": True, "expert": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def odd_moe_one_rank(worlds):
+    return worlds(1).run(train, tiny_run(ODD, model__moe=HEAVY_MOE))[0]
+
+
+@pytest.mark.parametrize("name", ODD_MOE_LAYOUTS)
+def test_spare_rows_do_not_count_for_the_router(worlds, odd_moe_one_rank, name):
+    ranks, parallel = ODD_MOE_LAYOUTS[name]
+    run = tiny_run(ODD, stage__parallel=parallel, model__moe=HEAVY_MOE)
+    assert relative(worlds(ranks).run(train, run)[0], odd_moe_one_rank) < 1e-5
 
 
 VARIANTS = {

@@ -1,0 +1,297 @@
+"""Shares: documents divided among ranks so that all have equal work, and tokens as they fit.
+
+Ranks are filled one after the other. Each takes the end of a long document, whole documents of
+middle length, and then the least dense tokens that are left, so that both sums come out. Of what
+is left the mean stays the same, so a way to fill the next rank remains: between its tokens from
+the least dense documents (too little work) and from the densest (too much) lies the right mix.
+A document without its end is a shorter document: its keys do not depend on its end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+Part = tuple[int, int, int]
+"""Document, and the half-open range of its tokens."""
+
+SLACK = 0.02
+"""A rank may have this share of the mean more or less work where that spares a cut."""
+
+
+class Stock:
+    """The tokens that no rank has yet: of each document one range.
+
+    Args:
+        lengths: Tokens of the documents.
+        work: Of the first n tokens of a document.
+    """
+
+    def __init__(self, lengths: Sequence[int], work: Callable[[int], float]) -> None:
+        self._kept: dict[int, float] = {0: 0.0}
+        self._work = work
+        self.first, self.last = [0] * len(lengths), list(lengths)
+        # By work per token.
+        self.order = sorted((self.up_to(n) / n, d) for d, n in enumerate(lengths) if n)
+        self.tokens = sum(lengths)
+        self.work = sum(self.up_to(n) for n in lengths)
+
+    def up_to(self, tokens: int) -> float:
+        """Work of a document's first tokens."""
+        known = self._kept.get(tokens)
+        if known is None:
+            known = self._kept[tokens] = float(self._work(tokens))
+        return known
+
+    def size(self, document: int) -> int:
+        """Tokens that are left of a document."""
+        return self.last[document] - self.first[document]
+
+    def load(self, document: int) -> float:
+        """Their work."""
+        return self.up_to(self.last[document]) - self.up_to(self.first[document])
+
+    def head(self, document: int, tokens: int) -> float:
+        """Work of the first of them."""
+        first = self.first[document]
+        return self.up_to(first + tokens) - self.up_to(first)
+
+    def tail(self, document: int, tokens: int) -> float:
+        """Work of the last of them."""
+        last = self.last[document]
+        return self.up_to(last) - self.up_to(last - tokens)
+
+    def take(self, document: int, head: int = 0, tail: int = 0) -> list[Part]:
+        """Takes so many of the first and last tokens of a document away."""
+        first, last, before = self.first[document], self.last[document], self.load(document)
+        del self.order[bisect_left(self.order, (before / (last - first), document))]
+        self.first[document], self.last[document] = first + head, last - tail
+        left = last - first - head - tail
+        after = self.load(document) if left else 0.0
+        if left:
+            insort(self.order, (after / left, document))
+        self.tokens -= head + tail
+        self.work -= before - after
+        parts = [(document, first, first + head), (document, last - tail, last)]
+        return [part for part in parts if part[1] < part[2]]
+
+
+class Filling:
+    """Documents in the order in which they fill up a rank.
+
+    Args:
+        stock: What is left.
+        documents: In that order.
+        tokens: How many are needed; no documents beyond them.
+    """
+
+    def __init__(self, stock: Stock, documents: Iterable[int], tokens: int) -> None:
+        self.stock, self.documents = stock, list[int]()
+        self._tokens, self._work = [0], [0.0]
+        for document in documents:
+            if self._tokens[-1] >= tokens:
+                break
+            self.documents.append(document)
+            self._tokens.append(self._tokens[-1] + stock.size(document))
+            self._work.append(self._work[-1] + stock.load(document))
+
+    def work(self, tokens: int) -> float:
+        """Of the first so many tokens."""
+        whole = bisect_right(self._tokens, tokens) - 1
+        rest = tokens - self._tokens[whole]
+        if not rest or whole == len(self.documents):
+            return self._work[whole]
+        return self._work[whole] + self.stock.head(self.documents[whole], rest)
+
+
+class Rank:
+    """One rank while it is filled.
+
+    Args:
+        stock: What is left; its last token for this rank leaves it here.
+        room: Tokens that fit.
+        least: Tokens that it must take, so that the others fit into later ranks.
+        later: Ranks that come later.
+        mean: Work of all ranks at first, by their number.
+    """
+
+    def __init__(self, stock: Stock, room: int, least: int, later: int, mean: float) -> None:
+        self.stock, self.room, self.least = stock, room, least
+        self.work = stock.work / (later + 1)
+        # Or what earlier ranks have left undone, or done too much, adds up in the last ones.
+        self.over = min(max(mean + 2 * SLACK * mean - self.work, 0), SLACK * mean)
+        self.under = min(max(mean + SLACK * mean - self.work, 0), SLACK * mean)
+        self.tokens = min(room, max(least, -(-stock.tokens // (later + 1))))
+        self.parts: list[Part] = []
+
+    def fill(self, begun: int) -> int:
+        """Takes its parts.
+
+        Args:
+            begun: The document of which the rank before took the end; -1 for none.
+
+        Returns:
+            The document of which this one took the end, and the next should; -1 for none.
+        """
+        stock = self.stock
+        while stock.order and self.tokens > 0:
+            filling = Filling(stock, self._sparsest(), self.tokens)
+            lacking = self.work - filling.work(self.tokens)
+            if lacking <= self.under:
+                self._fill_up(filling)
+                break
+            document, whole = self._next(begun, filling, lacking)
+            if whole:
+                self._take(document, head=stock.size(document))
+                begun = -1
+                continue
+            enough = self._cut(document)
+            begun = document if stock.size(document) else -1
+            if enough:
+                break
+        return begun if begun >= 0 and stock.size(begun) else -1
+
+    def _next(self, begun: int, filling: Filling, lacking: float) -> tuple[int, bool]:
+        """A document that has work enough for this rank, and whether to take all of it."""
+        order = self.stock.order
+        if begun >= 0:
+            if self._fits(begun, filling, lacking):
+                return begun, True
+            if self._suffices(begun):
+                return begun, False
+        densest = order[-1][1]
+        if not self.parts and not self._fits(densest, filling, lacking):
+            return densest, False
+        at = self._largest(filling, lacking)
+        if at >= len(filling.documents) and self._fits(order[at][1], filling, lacking):
+            return order[at][1], True
+        above = order[min(at + 1, len(order) - 1)][1]
+        return (above if self._suffices(above) else densest), False
+
+    def _gain(self, document: int, filling: Filling) -> float:
+        """Work that the rank gains if it takes a document instead of what would fill it up."""
+        left = self.tokens - self.stock.size(document)
+        return self.stock.load(document) + filling.work(left) - filling.work(self.tokens)
+
+    def _fits(self, document: int, filling: Filling, lacking: float) -> bool:
+        """Whether the whole document leaves the rank neither too much work nor too little."""
+        size = self.stock.size(document)
+        if size > self.tokens or self._gain(document, filling) > lacking + self.over:
+            return False
+        dense = self.stock.load(document) + self._densest(self.tokens - size, document)
+        return dense >= self.work - self.under
+
+    def _suffices(self, document: int) -> bool:
+        """Whether the end of a document can be work enough."""
+        size = min(self.stock.size(document), self.tokens)
+        dense = self.stock.tail(document, size) + self._densest(self.tokens - size, document)
+        return dense >= self.work
+
+    def _densest(self, tokens: int, without: int) -> float:
+        """Work of so many of the densest tokens."""
+        work = 0.0
+        for _, document in reversed(self.stock.order):
+            if tokens <= 0:
+                break
+            if document != without:
+                size = min(tokens, self.stock.size(document))
+                work += self.stock.tail(document, size)
+                tokens -= size
+        return work
+
+    def _largest(self, filling: Filling, lacking: float) -> int:
+        """Where in the order the densest document is that fits; not among the filling ones."""
+        order = self.stock.order
+        low, high = len(filling.documents) - 1, len(order) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            document = order[middle][1]
+            small = self.stock.size(document) <= self.tokens
+            if small and self._gain(document, filling) <= lacking + self.over:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _take(self, document: int, head: int = 0, tail: int = 0) -> None:
+        before = self.stock.work
+        self.parts += self.stock.take(document, head, tail)
+        self.tokens -= head + tail
+        self.room -= head + tail
+        self.least -= head + tail
+        self.work -= before - self.stock.work
+
+    def _sparsest(self, last: int = -1) -> Iterator[int]:
+        """Documents by work per token, one of them last."""
+        yield from (document for _, document in self.stock.order if document != last)
+        if last >= 0:
+            yield last
+
+    def _cut(self, document: int) -> bool:
+        """Takes the end of a document, and fills up with others or with its own beginning.
+
+        Returns:
+            Whether it was enough; if not, all of it is taken and nothing else.
+        """
+        stock, tokens, size = self.stock, self.tokens, self.stock.size(document)
+        filling = Filling(stock, self._sparsest(document), tokens)
+        # Its own tokens need no keys from elsewhere; others do where they are cut as well.
+        cut = stock.size(filling.documents[-1]) > tokens
+        if cut and size >= tokens and stock.head(document, tokens) <= self.work:
+            filling = Filling(stock, [document], tokens)
+
+        def work(tail: int) -> float:
+            return stock.tail(document, tail) + filling.work(tokens - tail)
+
+        low, high = 1, min(size, tokens)
+        while low < high:
+            middle = (low + high) // 2
+            if work(middle) < self.work:
+                low = middle + 1
+            else:
+                high = middle
+        enough = low < size or work(low) >= self.work - self.under
+        self._take(document, tail=low)
+        if enough:
+            self._fill_up(filling)
+        return enough
+
+    def _fill_up(self, filling: Filling) -> None:
+        """Takes documents in this order, the last one in part only where it must."""
+        stock = self.stock
+        for document in filling.documents:
+            size, must = stock.size(document), self.least > 0
+            if self.tokens <= 0 or (not must and self.work < -self.over):
+                return
+            if size > self.tokens:
+                if not must and self.work <= self.under:
+                    return
+                if size > self.room or stock.load(document) > self.work + self.over:
+                    size = self.tokens
+            if size:
+                self._take(document, head=size)
+
+
+def share(
+    lengths: Sequence[int], work: Callable[[int], float], rooms: Sequence[int]
+) -> list[list[Part]]:
+    """Divides documents among ranks.
+
+    Args:
+        lengths: Tokens of each document; none is possible.
+        work: Of the first n tokens of a document, not decreasing.
+        rooms: Tokens that fit on each rank, together enough for all.
+
+    Returns:
+        The parts of each rank. All have about equal work; if all rooms are needed they are full.
+    """
+    stock = Stock(lengths, work)
+    mean, later, begun = stock.work / len(rooms), sum(rooms), -1
+    shares: list[list[Part]] = []
+    for number, room in enumerate(rooms):
+        later -= room
+        least = max(0, stock.tokens - later)
+        rank = Rank(stock, room, least, len(rooms) - 1 - number, mean)
+        begun = rank.fill(begun)
+        shares.append(rank.parts)
+    return shares
