@@ -163,21 +163,11 @@ class Fetch:
         return reach.once(("fetch", self), lambda: self._make_plan(reach))
 
     def _make_plan(self, reach: Reach) -> Plan:
-        rank, ranks = self.transport.rank, self.layout.ranks
-        every = reach.of_all
+        rank, every = self.transport.rank, reach.of_all
         needs = every.once(("needs", self.layout), lambda: Needs(every, self.layout))
         rounds = []
         for distances in self._distances(needs.counts()):
-            sends, receives, index = [], [], []
-            for distance in distances:
-                to, of = (rank + distance) % ranks, (rank - distance) % ranks
-                rows, numbers = needs.of(to, rank), needs.of(rank, of)
-                if len(rows):
-                    sends.append((to, Mirror(rows)))
-                if len(numbers):
-                    receives.append((of, len(numbers)))
-                    index.append(needs.positions(of, numbers))
-            index_S = torch.cat([torch.arange(0), *index])
+            sends, receives, index_S = needs.trade(rank, distances)
             order = index_S.argsort()
             sorted_ = bool((index_S.diff() > 0).all())
             shard = Shard.of(reach, index_S[order])
