@@ -9,7 +9,6 @@ key-value heads, D key dim, V value dim, R query heads of one key-value head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -34,9 +33,11 @@ class AllGather:
         outs, lses = [], []
         for share, k_S1D, v_S1V in self._arrivals(q_THD, k_TGD, v_TGV):
             of_head = seen.of(share, q_THD.shape[1], k_TGD.shape[1])
-            out, lse, _ = self._here.forward(q_THD[:, share.heads], k_S1D, v_S1V, of_head)
+            out, lse = self._here.forward(q_THD[:, share.heads], k_S1D, v_S1V, of_head)[:2]
             outs.append(out)
             lses.append(lse)
+            # Before the next head is there as well.
+            del k_S1D, v_S1V
         out_THV, lse_TH = torch.cat(outs, 1), torch.cat(lses, 1)
         return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
 
@@ -56,6 +57,8 @@ class AllGather:
             if finish is not None:
                 owned.append(finish())
             finish = self._gathering.start_sum([grads.dk_SGD, grads.dv_SGV])
+            # Before the next head is there as well.
+            del k_S1D, v_S1V, given, of_head, grads
         assert finish is not None
         owned.append(finish())
         dk_TGD, dv_TGV = (torch.cat(parts, 1) for parts in zip(*owned, strict=True))
@@ -73,9 +76,10 @@ class AllGather:
             both = torch.cat([k_TGD[:, share.groups], v_TGV[:, share.groups]], -1)
             return self._gathering.start(both)
 
-        finish = start(shares[0])
-        for share, following in zip_longest(shares, shares[1:]):
-            k_S1D, v_S1V = finish().split(widths, -1)
-            if following is not None:
-                finish = start(following)
+        coming = [start(shares[0])]
+        for number, share in enumerate(shares, start=1):
+            k_S1D, v_S1V = coming.pop()().split(widths, -1)
+            # What came is gone, and only its copy in global order is there.
+            coming = [start(following) for following in shares[number : number + 1]]
             yield share, k_S1D, v_S1V
+            del k_S1D, v_S1V

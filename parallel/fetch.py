@@ -32,14 +32,12 @@ class Round:
 
     Attributes:
         sends: Ranks, and which of this rank's tokens go to them.
-        receives: Ranks, and how many of their tokens come.
-        order: The received tokens in ascending order; None if they come so.
-        shard: What they are.
+        receives: Ranks, and where in the shard their tokens belong.
+        shard: What comes, in ascending order.
     """
 
     sends: list[tuple[int, Mirror]]
-    receives: list[tuple[int, int]]
-    order: Mirror | None
+    receives: list[tuple[int, Mirror]]
     shard: Shard
 
 
@@ -60,7 +58,7 @@ class Fetch:
     """The fetching exchange over one layout; see `Method`.
 
     Ranks at the same distances trade in a round. Every rank makes the same rounds, in which none
-    receives more tokens than the largest rank owns.
+    receives more tokens than the largest rank owns, and none sends more.
 
     Args:
         layout: Which tokens each rank owns.
@@ -85,32 +83,32 @@ class Fetch:
         _, own = next(found)
         assert own is not None
         coming: list[tuple[Round, Parcel, Handle]] = []
-        for trip, (arrival, parts) in zip(rounds, found, strict=True):
-            keys = arrival.k_SGD, arrival.v_SGV
-            sums = [torch.zeros_like(x, dtype=own.dq_THD.dtype) for x in keys]
+        for trip in rounds:
+            shard, parts = next(found)
             if parts is not None:
-                own.dq_THD[arrival.shard.rows] += parts.dq_THD
-                sums = [parts.dk_SGD, parts.dv_SGV]
-            for back in coming:
-                _add(own, *back)
-            coming = [(trip, *self._send_back(trip, sums))]
-        for back in coming:
-            _add(own, *back)
+                own.dq_THD[shard.rows] += parts.dq_THD
+            while coming:
+                _add(own, *coming.pop())
+            coming.append((trip, *self._send_back(trip, own, parts)))
+            # Before the next ones are there as well.
+            del parts
+        while coming:
+            _add(own, *coming.pop())
         return own
 
-    def _send_back(self, trip: Round, sums: list[Tensor]) -> tuple[Parcel, Handle]:
+    def _send_back(
+        self, trip: Round, own: Gradients, parts: Gradients | None
+    ) -> tuple[Parcel, Handle]:
         """Sends gradients to the keys' owners, and starts to receive those of this rank's keys."""
-        if trip.order is not None:
-            # Back into the order in which the keys came.
-            order = trip.order.on(sums[0].device)
-            sums = [torch.empty_like(x).index_copy_(0, order.long(), x) for x in sums]
-        sizes = [tokens for _, tokens in trip.receives]
-        parts = zip(*(x.split(sizes) for x in sums), strict=True)
-        sends = [
-            Outgoing(peer, Parcel.pack(part).flat)
-            for (peer, _), part in zip(trip.receives, parts, strict=True)
-        ]
-        like = Parcel.pack([x[:0] for x in sums])
+        like = Parcel.pack([own.dk_SGD[:0], own.dv_SGV[:0]])
+        sends = []
+        for peer, places in trip.receives:
+            # A peer whose keys no row sees after all still waits for what it is told to.
+            flat = own.dk_SGD.new_zeros(len(places.host) * like.width)
+            if parts is not None:
+                sums = [parts.dk_SGD, parts.dv_SGV]
+                flat = Parcel.pack(sums, places.on(flat.device)).flat
+            sends.append(Outgoing(peer, flat))
         receives = [like.incoming(peer, len(rows.host)) for peer, rows in trip.sends]
         return like, self.transport.trade(sends, receives)
 
@@ -124,22 +122,17 @@ class Fetch:
                 Outgoing(peer, Parcel.pack([k_TGD, v_TGV], rows.on(k_TGD.device)).flat)
                 for peer, rows in trip.sends
             ]
-            receives = [like.incoming(peer, tokens) for peer, tokens in trip.receives]
+            receives = [like.incoming(peer, len(at.host)) for peer, at in trip.receives]
             return self.transport.trade(sends, receives)
 
-        following = start(plan.rounds[0]) if plan.rounds else None
+        coming = [start(trip) for trip in plan.rounds[:1]]
         yield Arrival(plan.own, k_TGD, v_TGV)
         for number, trip in enumerate(plan.rounds, start=1):
-            assert following is not None
-            parts = [like.of(flat).tensors for flat in following.wait()]
-            following = start(plan.rounds[number]) if number < len(plan.rounds) else None
-            k_SGD, v_SGV = (
-                (torch.cat(x) for x in zip(*parts, strict=True)) if parts else like.tensors
-            )
-            if trip.order is not None:
-                order = trip.order.on(k_SGD.device)
-                k_SGD, v_SGV = k_SGD.index_select(0, order), v_SGV.index_select(0, order)
-            yield Arrival(trip.shard, k_SGD, v_SGV)
+            sorted_ = _in_place(trip, like, coming.pop().wait())
+            # What came in parts is gone, and only its copy in order is there.
+            coming = [start(following) for following in plan.rounds[number : number + 1]]
+            yield Arrival(trip.shard, *sorted_.tensors)
+            del sorted_
 
     def _plan(self, reach: Reach) -> Plan:
         """What this rank does, planned once per reach and without a message."""
@@ -151,20 +144,19 @@ class Fetch:
         needs = every.once(("needs", self.layout), lambda: Needs(every, self.layout))
         rounds = []
         for distances in self._distances(needs.counts()):
-            sends, receives, index = [], [], []
+            sends, owners, index = [], [], [torch.arange(0)]
             for distance in distances:
                 to, of = (rank + distance) % ranks, (rank - distance) % ranks
                 rows, numbers = needs.of(to, rank), needs.of(rank, of)
                 if len(rows):
                     sends.append((to, Mirror(rows)))
                 if len(numbers):
-                    receives.append((of, len(numbers)))
+                    owners.append(of)
                     index.append(needs.positions(of, numbers))
-            index_S = torch.cat([torch.arange(0), *index])
-            order = index_S.argsort()
-            sorted_ = bool((index_S.diff() > 0).all())
-            shard = Shard.of(reach, index_S[order])
-            rounds.append(Round(sends, receives, None if sorted_ else Mirror(order), shard))
+            order = torch.cat(index).argsort()
+            places = map(Mirror, order.argsort().split([len(x) for x in index])[1:])
+            shard = Shard.of(reach, torch.cat(index)[order])
+            rounds.append(Round(sends, list(zip(owners, places, strict=True)), shard))
         own = self.layout.index(rank)
         return Plan(Shard.of(reach, own, whole=True), rounds)
 
@@ -173,17 +165,31 @@ class Fetch:
         ranks = self.layout.ranks
         at = torch.arange(ranks)
         rounds: list[list[int]] = []
-        room = torch.zeros(ranks, dtype=torch.int64)
+        room_2P = torch.zeros(2, ranks, dtype=torch.int64)
         for distance in range(1, ranks):
             asked = counts[at, (at - distance) % ranks]
+            both_2P = torch.stack([asked, asked.roll(-distance)])
             if not bool(asked.any()):
                 continue
-            if bool((asked > room).any()):
+            if bool((both_2P > room_2P).any()):
                 rounds.append([])
-                room = torch.full((ranks,), self.layout.largest)
+                room_2P = torch.full_like(room_2P, self.layout.largest)
             rounds[-1].append(distance)
-            room = room - asked
+            room_2P = room_2P - both_2P
         return rounds
+
+
+def _in_place(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:
+    """What came in a round, in the order of its shard."""
+    if len(received) == 1:
+        return like.of(*received)
+    tokens = len(trip.shard.index_S)
+    whole = like.of(like.flat.new_empty(tokens * like.width))
+    for (_, places), flat in zip(trip.receives, received, strict=True):
+        at = places.on(flat.device).long()
+        for x, part in zip(whole.tensors, like.of(flat).tensors, strict=True):
+            x.index_copy_(0, at, part)
+    return whole
 
 
 def _add(own: Gradients, trip: Round, like: Parcel, handle: Handle) -> None:
