@@ -153,10 +153,10 @@ class Fetch:
                 if len(numbers):
                     owners.append(of)
                     index.append(needs.positions(of, numbers))
-            order = torch.cat(index).argsort()
-            places = map(Mirror, order.argsort().split([len(x) for x in index])[1:])
-            shard = Shard.of(reach, torch.cat(index)[order])
-            rounds.append(Round(sends, list(zip(owners, places, strict=True)), shard))
+            index_S, places_S = _sorted(torch.cat(index))
+            places = map(Mirror, places_S.split([len(x) for x in index])[1:])
+            receives = list(zip(owners, places, strict=True))
+            rounds.append(Round(sends, receives, Shard.of(reach, index_S)))
         own = self.layout.index(rank)
         return Plan(Shard.of(reach, own, whole=True), rounds)
 
@@ -177,6 +177,16 @@ class Fetch:
             rounds[-1].append(distance)
             room_2P = room_2P - both_2P
         return rounds
+
+
+def _sorted(index_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in ascending order, and the place of each one in it."""
+    if bool((index_S[1:] > index_S[:-1]).all()):
+        return index_S, torch.arange(len(index_S))
+    sorted_S, order_S = index_S.sort()
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S))
+    return sorted_S, places_S
 
 
 def _in_place(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:

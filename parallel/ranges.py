@@ -5,6 +5,8 @@ Shapes: T rows or tokens of a rank, N ranges, P ranks.
 
 from __future__ import annotations
 
+from itertools import pairwise, starmap
+
 import torch
 from torch import Tensor
 
@@ -12,23 +14,25 @@ from ..kernels.reach import Reach
 from .layout import Layout
 
 
-def reached(reach: Reach) -> tuple[Tensor, Tensor]:
-    """The keys that some row sees, as disjoint ascending ranges: first and one past the last, [N].
+def joined(first_N: Tensor, last_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges in any order, some empty, as disjoint ascending ones that cover the same.
 
     Args:
-        reach: Of some rows.
+        first_N: The first key of each.
+        last_N: One past the last.
     """
-    sees = reach.first_T < reach.last_T
-    first, last = reach.first_T[sees], reach.last_T[sees]
+    some = first_N < last_N
+    first, until = (first_N, last_N) if bool(some.all()) else (first_N[some], last_N[some])
     if not len(first):
-        return first, last
-    order = first.argsort(stable=True)
-    first, until = first[order], last[order].cummax(0).values
-    begins = torch.ones(len(first), dtype=torch.bool)
-    begins[1:] = first[1:] > until[:-1]
-    ends = torch.ones_like(begins)
-    ends[:-1] = begins[1:]
-    return first[begins], until[ends]
+        return first, until
+    # Those of packed documents ascend, and need neither.
+    if bool((first[1:] < first[:-1]).any()):
+        order = first.argsort(stable=True)
+        first, until = first[order], until[order]
+    if bool((until[1:] < until[:-1]).any()):
+        until = until.cummax(0).values
+    gaps = (first[1:] > until[:-1]).nonzero()[:, 0]
+    return torch.cat([first[:1], first[gaps + 1]]), torch.cat([until[gaps], until[-1:]])
 
 
 def within(first_N: Tensor, last_N: Tensor, index_T: Tensor) -> Tensor:
@@ -51,8 +55,25 @@ class Needs:
     def __init__(self, reach: Reach, layout: Layout) -> None:
         assert len(reach) == layout.length, (len(reach), layout.length)
         self._index = [layout.index(rank) for rank in range(layout.ranks)]
-        self._ranges = [reached(reach.rows(rows)) for rows in self._index]
-        self._layout = layout
+        # Keys of different ranks' rows lie apart, so that one search serves all ranks.
+        self._apart_P = torch.arange(layout.ranks) * (layout.length + 1)
+        rows = [
+            (slice(*chunk), apart)
+            for apart, chunks in zip(self._apart_P, layout.chunks, strict=True)
+            for chunk in chunks
+        ]
+        bounds = [
+            torch.cat([torch.arange(0), *(bound_T[some] + apart for some, apart in rows)])
+            for bound_T in (reach.first_T, reach.last_T)
+        ]
+        self._first_N, self._last_N = joined(*bounds)
+        # Where the ranges of each rank begin.
+        starts = torch.searchsorted(self._first_N, self._apart_P).tolist()
+        of_rank = starmap(slice, pairwise([*starts, len(self._first_N)]))
+        self._ranges = [
+            (self._first_N[own] - apart, self._last_N[own] - apart)
+            for own, apart in zip(of_rank, self._apart_P, strict=True)
+        ]
 
     def of(self, rank: int, owner: int) -> Tensor:
         """What a rank needs of another one's tokens, as the owner's own numbers."""
@@ -64,15 +85,14 @@ class Needs:
 
     def counts(self) -> Tensor:
         """How many tokens each rank needs of each owner, [ranks, owners]."""
-        ranks, length = self._layout.ranks, self._layout.length
-        # All owners' tokens one after the other, so that one search serves all.
-        apart_P1 = torch.arange(ranks)[:, None] * (length + 1)
-        index = torch.cat([x + apart for x, apart in zip(self._index, apart_P1, strict=True)])
-        first, last = (torch.cat(bounds) for bounds in zip(*self._ranges, strict=True))
-        found_PN = torch.searchsorted(index, last + apart_P1)
-        found_PN -= torch.searchsorted(index, first + apart_P1)
-        of_N = torch.repeat_interleave(
-            torch.arange(ranks), torch.tensor([len(first) for first, _ in self._ranges])
-        )
+        ranks = len(self._index)
+        sizes = torch.tensor([len(first) for first, _ in self._ranges])
+        of_N = torch.repeat_interleave(torch.arange(ranks), sizes)
+        own_N = self._apart_P[of_N]
+        # All owners' tokens one after the other.
+        index = torch.cat([x + apart for x, apart in zip(self._index, self._apart_P, strict=True)])
+        first_N, last_N = self._first_N - own_N, self._last_N - own_N
+        found_PN = torch.searchsorted(index, last_N + self._apart_P[:, None])
+        found_PN -= torch.searchsorted(index, first_N + self._apart_P[:, None])
         counts = torch.zeros(ranks, ranks, dtype=torch.int64)
         return counts.index_add_(0, of_N, found_PN.T.contiguous())
