@@ -118,9 +118,9 @@ class Rank:
     def __init__(self, stock: Stock, room: int, least: int, later: int, mean: float) -> None:
         self.stock, self.room, self.least = stock, room, least
         self.work = stock.work / (later + 1)
-        # Or what earlier ranks have left undone, or done too much, adds up in the last ones.
-        self.over = min(max(mean + 2 * SLACK * mean - self.work, 0), SLACK * mean)
-        self.under = min(max(mean + SLACK * mean - self.work, 0), SLACK * mean)
+        self.over = SLACK * mean
+        # Less where earlier ranks did too little, or that adds up in the last ones.
+        self.under = min(max(mean + self.over - self.work, 0.0), self.over)
         self.tokens = min(room, max(least, -(-stock.tokens // (later + 1))))
         self.parts: list[Part] = []
 
@@ -154,19 +154,15 @@ class Rank:
     def _next(self, begun: int, filling: Filling, lacking: float) -> tuple[int, bool]:
         """A document that has work enough for this rank, and whether to take all of it."""
         order = self.stock.order
-        if begun >= 0:
-            if self._fits(begun, filling, lacking):
-                return begun, True
-            if self._suffices(begun):
-                return begun, False
+        if begun >= 0 and self._suffices(begun):
+            return begun, False
         densest = order[-1][1]
         if not self.parts and not self._fits(densest, filling, lacking):
             return densest, False
         at = self._largest(filling, lacking)
-        if at >= len(filling.documents) and self._fits(order[at][1], filling, lacking):
+        if at >= len(filling.documents) - 1 and self._fits(order[at][1], filling, lacking):
             return order[at][1], True
-        above = order[min(at + 1, len(order) - 1)][1]
-        return (above if self._suffices(above) else densest), False
+        return densest, False
 
     def _gain(self, document: int, filling: Filling) -> float:
         """Work that the rank gains if it takes a document instead of what would fill it up."""
@@ -200,9 +196,9 @@ class Rank:
         return work
 
     def _largest(self, filling: Filling, lacking: float) -> int:
-        """Where in the order the densest document is that fits; not among the filling ones."""
+        """Where in the order the densest document is that fits, behind those that fill it up."""
         order = self.stock.order
-        low, high = len(filling.documents) - 1, len(order) - 1
+        low, high = len(filling.documents) - 2, len(order) - 1
         while low < high:
             middle = (low + high + 1) // 2
             document = order[middle][1]
