@@ -18,6 +18,9 @@ Part = tuple[int, int, int]
 SLACK = 0.02
 """A rank may have this share of the mean more or less work where that spares a cut."""
 
+NEAR = 0.25
+"""A cut is found when it is this near, as a share of the slack."""
+
 
 class Stock:
     """The tokens that no rank has yet: of each document one range.
@@ -31,10 +34,10 @@ class Stock:
         self._kept: dict[int, float] = {0: 0.0}
         self._work = work
         self.first, self.last = [0] * len(lengths), list(lengths)
+        self.load = [self.up_to(n) for n in lengths]
         # By work per token.
-        self.order = sorted((self.up_to(n) / n, d) for d, n in enumerate(lengths) if n)
-        self.tokens = sum(lengths)
-        self.work = sum(self.up_to(n) for n in lengths)
+        self.order = sorted((self.load[d] / n, d) for d, n in enumerate(lengths) if n)
+        self.tokens, self.work = sum(lengths), sum(self.load)
 
     def up_to(self, tokens: int) -> float:
         """Work of a document's first tokens."""
@@ -46,10 +49,6 @@ class Stock:
     def size(self, document: int) -> int:
         """Tokens that are left of a document."""
         return self.last[document] - self.first[document]
-
-    def load(self, document: int) -> float:
-        """Their work."""
-        return self.up_to(self.last[document]) - self.up_to(self.first[document])
 
     def head(self, document: int, tokens: int) -> float:
         """Work of the first of them."""
@@ -63,17 +62,18 @@ class Stock:
 
     def take(self, document: int, head: int = 0, tail: int = 0) -> list[Part]:
         """Takes so many of the first and last tokens of a document away."""
-        first, last, before = self.first[document], self.last[document], self.load(document)
+        first, last, before = self.first[document], self.last[document], self.load[document]
         del self.order[bisect_left(self.order, (before / (last - first), document))]
         self.first[document], self.last[document] = first + head, last - tail
         left = last - first - head - tail
-        after = self.load(document) if left else 0.0
+        after = self.up_to(last - tail) - self.up_to(first + head) if left else 0.0
+        self.load[document] = after
         if left:
             insort(self.order, (after / left, document))
         self.tokens -= head + tail
         self.work -= before - after
-        parts = [(document, first, first + head), (document, last - tail, last)]
-        return [part for part in parts if part[1] < part[2]]
+        parts = [(document, first, first + head)] if head else []
+        return [*parts, (document, last - tail, last)] if tail else parts
 
 
 class Filling:
@@ -88,12 +88,14 @@ class Filling:
     def __init__(self, stock: Stock, documents: Iterable[int], tokens: int) -> None:
         self.stock, self.documents = stock, list[int]()
         self._tokens, self._work = [0], [0.0]
+        have, load = 0, 0.0
         for document in documents:
-            if self._tokens[-1] >= tokens:
+            if have >= tokens:
                 break
+            have, load = have + stock.size(document), load + stock.load[document]
             self.documents.append(document)
-            self._tokens.append(self._tokens[-1] + stock.size(document))
-            self._work.append(self._work[-1] + stock.load(document))
+            self._tokens.append(have)
+            self._work.append(load)
 
     def work(self, tokens: int) -> float:
         """Of the first so many tokens."""
@@ -145,7 +147,7 @@ class Rank:
                 self._take(document, head=stock.size(document))
                 begun = -1
                 continue
-            enough = self._cut(document)
+            enough = self._cut(document, filling)
             begun = document if stock.size(document) else -1
             if enough:
                 break
@@ -167,14 +169,14 @@ class Rank:
     def _gain(self, document: int, filling: Filling) -> float:
         """Work that the rank gains if it takes a document instead of what would fill it up."""
         left = self.tokens - self.stock.size(document)
-        return self.stock.load(document) + filling.work(left) - filling.work(self.tokens)
+        return self.stock.load[document] + filling.work(left) - filling.work(self.tokens)
 
     def _fits(self, document: int, filling: Filling, lacking: float) -> bool:
         """Whether the whole document leaves the rank neither too much work nor too little."""
         size = self.stock.size(document)
         if size > self.tokens or self._gain(document, filling) > lacking + self.over:
             return False
-        dense = self.stock.load(document) + self._densest(self.tokens - size, document)
+        dense = self.stock.load[document] + self._densest(self.tokens - size, document)
         return dense >= self.work - self.under
 
     def _suffices(self, document: int) -> bool:
@@ -223,34 +225,44 @@ class Rank:
         if last >= 0:
             yield last
 
-    def _cut(self, document: int) -> bool:
+    def _cut(self, document: int, filling: Filling) -> bool:
         """Takes the end of a document, and fills up with others or with its own beginning.
 
         Returns:
             Whether it was enough; if not, all of it is taken and nothing else.
         """
         stock, tokens, size = self.stock, self.tokens, self.stock.size(document)
-        filling = Filling(stock, self._sparsest(document), tokens)
+        if document in filling.documents:
+            filling = Filling(stock, self._sparsest(document), tokens)
         # Its own tokens need no keys from elsewhere; others do where they are cut as well.
         cut = stock.size(filling.documents[-1]) > tokens
         if cut and size >= tokens and stock.head(document, tokens) <= self.work:
             filling = Filling(stock, [document], tokens)
-
-        def work(tail: int) -> float:
-            return stock.tail(document, tail) + filling.work(tokens - tail)
-
-        low, high = 1, min(size, tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if work(middle) < self.work:
-                low = middle + 1
-            else:
-                high = middle
-        enough = low < size or work(low) >= self.work - self.under
-        self._take(document, tail=low)
+        tail = self._tail(document, filling)
+        work = stock.tail(document, tail) + filling.work(tokens - tail)
+        enough = tail < size or work >= self.work - self.under
+        self._take(document, tail=tail)
         if enough:
             self._fill_up(filling)
         return enough
+
+    def _tail(self, document: int, filling: Filling) -> int:
+        """How many tokens of a document's end make up the work, or as many as there are."""
+        stock, low, high = self.stock, 0, min(self.stock.size(document), self.tokens)
+        below = filling.work(self.tokens)
+        above = stock.tail(document, high) + filling.work(self.tokens - high)
+        near, straight = NEAR * self.over, True
+        while high - low > 1 and above > self.work + near:
+            # Work grows nearly linearly with tokens, but not everywhere: halving always ends.
+            share = (self.work + near / 2 - below) / (above - below) if straight else 0.5
+            middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
+            work = stock.tail(document, middle) + filling.work(self.tokens - middle)
+            if work < self.work:
+                low, below = middle, work
+            else:
+                high, above = middle, work
+            straight = not straight
+        return high
 
     def _fill_up(self, filling: Filling) -> None:
         """Takes documents in this order, the last one in part only where it must."""
@@ -262,7 +274,7 @@ class Rank:
             if size > self.tokens:
                 if not must and self.work <= self.under:
                     return
-                if size > self.room or stock.load(document) > self.work + self.over:
+                if size > self.room or stock.load[document] > self.work + self.over:
                     size = self.tokens
             if size:
                 self._take(document, head=size)
