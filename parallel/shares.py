@@ -19,6 +19,9 @@ Part = tuple[int, int, int]
 SLACK = 0.02
 """A rank may have this share of the mean more or less work where that spares a cut."""
 
+EASY = 0.9
+"""Ranks that are at most so full leave one that has work enough without more tokens."""
+
 NEAR = 0.25
 """A cut is found when it is this near, as a share of the slack."""
 
@@ -48,6 +51,11 @@ class Stock:
         """Work of the last of them."""
         last = self.last[document]
         return self.up_to(last) - self.up_to(last - tokens)
+
+    def within(self, document: int, work: float) -> int:
+        """How many of the first of them make up so much work."""
+        tokens = range(1, self.size[document] + 1)
+        return bisect_left(tokens, work, key=lambda n: self.head(document, n)) + 1
 
     def take(self, document: int, head: int = 0, tail: int = 0) -> list[Part]:
         """Takes so many of the first and last tokens of a document away."""
@@ -102,18 +110,18 @@ class Rank:
     Args:
         stock: What is left; its last token for this rank leaves it here.
         room: Tokens that fit.
-        least: Tokens that it must take, so that the others fit into later ranks.
-        later: Ranks that come later.
+        later: Tokens that fit on each of the later ranks.
         mean: Work of all ranks at first, by their number.
     """
 
-    def __init__(self, stock: Stock, room: int, least: int, later: int, mean: float) -> None:
-        self.stock, self.room, self.least = stock, room, least
-        self.work = stock.work / (later + 1)
+    def __init__(self, stock: Stock, room: int, later: Sequence[int], mean: float) -> None:
+        self.stock, self.room, self.later = stock, room, sum(later)
+        self.least = max(0, stock.tokens - self.later)
+        self.work = stock.work / (len(later) + 1)
         self.over = SLACK * mean
         # Less where earlier ranks did too little, or that adds up in the last ones.
         self.under = min(max(mean + self.over - self.work, 0.0), self.over)
-        self.tokens = min(room, max(least, -(-stock.tokens // (later + 1))))
+        self.tokens = min(room, max(self.least, -(-stock.tokens // (len(later) + 1))))
         self.parts: list[Part] = []
 
     def fill(self, begun: int) -> int:
@@ -224,6 +232,10 @@ class Rank:
         stock, tokens, size = self.stock, self.tokens, self.stock.size[document]
         if document in filling.documents:
             filling = Filling(stock, self._sparsest(document), tokens)
+        alone = self._alone(document)
+        if alone:
+            self._take(document, tail=alone)
+            return self.work <= self.under and self.least <= 0
         # Its own tokens need no keys from elsewhere; others do where they are cut as well.
         cut = stock.size[filling.documents[-1]] > tokens
         if cut and size >= tokens and stock.head(document, tokens) <= self.work:
@@ -235,6 +247,23 @@ class Rank:
         if enough:
             self._fill_up(filling)
         return enough
+
+    def _alone(self, document: int) -> int:
+        """Tokens of a document's end that are to be filled up only as far as there is no room.
+
+        Then others do without this rank. 0 where ranks are too full for that to spare cuts.
+        """
+        stock, size = self.stock, self.stock.size[document]
+        if stock.tokens - self.tokens > EASY * self.later:
+            return 0
+        if stock.load[document] > self.work + self.over:
+            tail = self._tail(document, Filling(stock, [], 0))
+            dense = stock.tail(document, tail)
+        else:
+            tail, dense = size, stock.load[document] + self._densest(self.tokens - size, document)
+        easy = stock.tokens - tail <= EASY * self.later
+        fits = tail <= self.tokens and dense >= self.work - self.under
+        return tail if easy and fits else 0
 
     def _tail(self, document: int, filling: Filling) -> int:
         """How many tokens of a document's end make up the work, or as many as there are."""
@@ -259,15 +288,18 @@ class Rank:
         stock = self.stock
         for document in filling.documents:
             size, must = stock.size[document], self.least > 0
-            if self.tokens <= 0 or (not must and self.work < -self.over):
+            if self.tokens <= 0:
                 return
-            if size > self.tokens:
-                if not must and self.work <= self.under:
-                    return
-                if size > self.room or stock.load[document] > self.work + self.over:
-                    size = self.tokens
-            if size:
-                self._take(document, head=size)
+            if not size:
+                continue
+            heavy = stock.load[document] > self.work + self.over
+            if not must and (heavy or size > self.tokens) and self.work <= self.under:
+                return
+            if size > self.room or (size > self.tokens and heavy):
+                size = self.tokens
+            if not must and heavy:
+                size = min(size, stock.within(document, self.work))
+            self._take(document, head=size)
 
 
 def share(
@@ -284,12 +316,10 @@ def share(
         The parts of each rank. All have about equal work; if all rooms are needed they are full.
     """
     stock = Stock(lengths, work)
-    mean, later, begun = stock.work / len(rooms), sum(rooms), -1
+    mean, begun = stock.work / len(rooms), -1
     shares: list[list[Part]] = []
     for number, room in enumerate(rooms):
-        later -= room
-        least = max(0, stock.tokens - later)
-        rank = Rank(stock, room, least, len(rooms) - 1 - number, mean)
+        rank = Rank(stock, room, rooms[number + 1 :], mean)
         begun = rank.fill(begun)
         shares.append(rank.parts)
     return shares
