@@ -219,7 +219,9 @@ class Rank:
 
     def _sparsest(self, last: int = -1) -> Iterator[int]:
         """Documents by work per token, one of them last."""
-        yield from (document for _, document in self.stock.order if document != last)
+        for _, document in self.stock.order:
+            if document != last:
+                yield document
         if last >= 0:
             yield last
 

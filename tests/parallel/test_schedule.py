@@ -1,4 +1,4 @@
-"""Schedules of documents: properties, balance as the data sets ask for it, and Megatron beside it."""
+"""Schedules of documents: properties, balance on data sets, and Megatron beside it."""
 
 import importlib
 import subprocess
@@ -76,25 +76,33 @@ def test_a_rank_waits_for_little_more_than_a_token(lengths, ranks, capacity, nam
         assert max(load) <= 1.05 * sum(load) / ranks + most
 
 
-def test_long_documents_fill_micro_batches_as_far_as_they_go():
-    # 3 x 40 tokens of 64: none fits beside another, though two micro-batches would hold all tokens.
-    assert len(schedule([40, 40, 40], 8, 8, COSTS["pairs"]).micro_batches) == 3
-    assert len(schedule([40, 40, 24, 24], 8, 8, COSTS["pairs"]).micro_batches) == 2
-    # Exactly full, in the only way there is.
-    plan = schedule([30, 34, 50, 14], 8, 8, COSTS["tokens"])
-    assert [sum(map(sum, plan.loads(COSTS["tokens"])))] * 2 == [64, 64] or len(
-        plan.micro_batches
-    ) == 2
+def test_there_are_as_few_micro_batches_as_documents_allow():
+    def count(*lengths):
+        return len(schedule(lengths, 8, 8, COSTS["pairs"]).micro_batches)
+
+    assert count(40, 24, 24, 40) == 2
+    # Two hold all tokens only if they are exactly full.
+    assert count(14, 34, 50, 30) == 2
+    # Two would hold all tokens, but no two documents fit together.
+    assert count(40, 40, 40) == 3
 
 
-def test_short_documents_stay_whole_and_a_long_one_lies_on_as_many_ranks_as_its_work_asks_for():
-    plan = schedule([700] + [50] * 147, 8, 8192, DocumentCost(pair=1, token=400))
-    degrees = plan.degrees()
-    long = DocumentCost(pair=1, token=400)
-    share = long(700) / (long(700) + 147 * long(50)) * 8
+def test_documents_of_similar_length_meet():
+    plan = schedule([10, 60, 10, 50, 10, 10], 8, 15, COSTS["pairs"])
+    assert parts_of(plan)[1] == {1: {0}, 3: {0}, 0: {0}, 2: {1}, 4: {1}, 5: {1}}
+
+
+def test_a_long_document_lies_on_as_many_ranks_as_its_work_asks_for_and_short_ones_stay_whole():
+    cost = COSTS["pairs"]
+    lengths = [700] + [50] * 147
+    share = 8 * cost(700) / (cost(700) + 147 * cost(50))
+    degrees = schedule(lengths, 8, 8192, cost).degrees()
     # Not a power of two.
-    assert degrees[0] == -(-int(share * 100) // 100) == 1 or degrees[0] >= share
-    assert sum(degree > 1 for degree in degrees.values()) <= 3
+    assert 4 < share < 5 == degrees[0]
+    assert sum(degree > 1 for degree in degrees.values()) == 1
+    # Where ranks must be full, shorter parts of it share them with short documents.
+    full = schedule(lengths, 8, sum(lengths) // 8 + 1, cost).degrees()
+    assert full[0] == 8 and sum(degree > 1 for degree in full.values()) <= 8
 
 
 def test_no_documents_make_no_micro_batches():
