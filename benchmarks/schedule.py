@@ -69,7 +69,7 @@ def measure(name: str, per_rank: int, cost: DocumentCost, args: argparse.Namespa
     for seed in range(args.seeds):
         lengths = draw(name, per_rank * args.ranks, seed, args.ranks * args.capacity)
         ours: Schedule
-        ours, ms = timed(lambda x=lengths: schedule(x, args.ranks, args.capacity, cost), 5)
+        ours, ms = timed(lambda x=lengths: schedule(x, args.ranks, args.capacity, cost), 20)
         theirs, their_ms = timed(lambda x=lengths: megatron(x, args.ranks, args.capacity), 1)
         cases.append(
             {
