@@ -237,7 +237,7 @@ class Rank:
         alone = self._alone(document)
         if alone:
             self._take(document, tail=alone)
-            return self.work <= self.under and self.least <= 0
+            return self.work <= self.under
         # Its own tokens need no keys from elsewhere; others do where they are cut as well.
         cut = stock.size[filling.documents[-1]] > tokens
         if cut and size >= tokens and stock.head(document, tokens) <= self.work:

@@ -87,6 +87,17 @@ def test_there_are_as_few_micro_batches_as_documents_allow():
     assert count(40, 40, 40) == 3
 
 
+def test_micro_batches_hold_equally_many_tokens():
+    plan = schedule([10] * 10, 8, 8, COSTS["tokens"])
+    assert [sum(load) for load in plan.loads(COSTS["tokens"])] == [50, 50]
+
+
+def test_a_rank_with_a_document_of_nearly_its_work_takes_little_else():
+    lengths = [63, 62, 53, 35, 32, 32, 32, 30, 26, 8, 5, 5, 5, 4, 2, 2, 2, 2, 2, 1]
+    (load,) = schedule(lengths, 4, 136, COSTS["pairs"]).loads(COSTS["pairs"])
+    assert max(load) <= 1.03 * sum(load) / 4
+
+
 def test_documents_of_similar_length_meet():
     plan = schedule([10, 60, 10, 50, 10, 10], 8, 15, COSTS["pairs"])
     assert parts_of(plan)[1] == {1: {0}, 3: {0}, 0: {0}, 2: {1}, 4: {1}, 5: {1}}
