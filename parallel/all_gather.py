@@ -38,9 +38,11 @@ class AllGather:
         outs, lses, arrived = [], [], []
         for share, k_S1D, v_S1V in self._arrivals(q_THD, k_TGD, v_TGV, into=arrived):
             of_head = seen.of(share, q_THD.shape[1], k_TGD.shape[1])
-            out, lse, _ = self._here.forward(q_THD[:, share.heads], k_S1D, v_S1V, of_head)
+            out, lse = self._here.forward(q_THD[:, share.heads], k_S1D, v_S1V, of_head)[:2]
             outs.append(out)
             lses.append(lse)
+            # Before the next head is there as well.
+            del k_S1D, v_S1V
         out_THV, lse_TH = torch.cat(outs, 1), torch.cat(lses, 1)
         given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
         return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
@@ -61,6 +63,8 @@ class AllGather:
             if finish is not None:
                 owned.append(finish())
             finish = self._gathering.start_sum([grads.dk_SGD, grads.dv_SGV])
+            # Before the next head is there as well.
+            del k_S1D, v_S1V, given, of_head, grads
         assert finish is not None
         owned.append(finish())
         dk_TGD, dv_TGV = (torch.cat(parts, 1) for parts in zip(*owned, strict=True))
@@ -91,14 +95,15 @@ class AllGather:
             both = torch.cat([k_TGD[:, share.groups], v_TGV[:, share.groups]], -1)
             return self._gathering.start(both)
 
-        finish = None if arrived else start(shares[0])
-        for number, share in enumerate(shares):
-            if finish is None:
-                kv_S1X = arrived[number]
-            else:
-                kv_S1X = finish()
-                finish = start(shares[number + 1]) if number + 1 < groups else finish
-                if into is not None and self._keeps:
-                    into.append(kv_S1X)
+        travels = [] if arrived else shares
+        coming = [start(share) for share in travels[:1]]
+        for number, share in enumerate(shares, start=1):
+            kv_S1X = arrived[number - 1] if arrived else coming.pop()()
+            if into is not None and self._keeps:
+                into.append(kv_S1X)
+            # What came is gone, and only its copy in global order is there.
+            coming = [start(following) for following in travels[number : number + 1]]
             k_S1D, v_S1V = kv_S1X.split(widths, -1)
+            del kv_S1X
             yield share, k_S1D, v_S1V
+            del k_S1D, v_S1V

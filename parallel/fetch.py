@@ -32,14 +32,12 @@ class Round:
 
     Attributes:
         sends: Ranks, and which of this rank's tokens go to them.
-        receives: Ranks, and how many of their tokens come.
-        order: The received tokens in ascending order; None if they come so.
-        shard: What they are.
+        receives: Ranks, and where in the shard their tokens belong.
+        shard: What comes, in ascending order.
     """
 
     sends: list[tuple[int, Mirror]]
-    receives: list[tuple[int, int]]
-    order: Mirror | None
+    receives: list[tuple[int, Mirror]]
     shard: Shard
 
 
@@ -60,7 +58,7 @@ class Fetch:
     """The fetching exchange over one layout; see `Method`.
 
     Ranks at the same distances trade in a round. Every rank makes the same rounds, in which none
-    receives more tokens than the largest rank owns.
+    receives more tokens than the largest rank owns, and none sends more.
 
     Args:
         layout: Which tokens each rank owns.
@@ -89,32 +87,32 @@ class Fetch:
         _, own = next(found)
         assert own is not None
         coming: list[tuple[Round, Parcel, Handle]] = []
-        for trip, (arrival, parts) in zip(rounds, found, strict=True):
-            keys = arrival.k_SGD, arrival.v_SGV
-            sums = [torch.zeros_like(x, dtype=own.dq_THD.dtype) for x in keys]
+        for trip in rounds:
+            shard, parts = next(found)
             if parts is not None:
-                own.dq_THD[arrival.shard.rows] += parts.dq_THD
-                sums = [parts.dk_SGD, parts.dv_SGV]
-            for back in coming:
-                _add(own, *back)
-            coming = [(trip, *self._send_back(trip, sums))]
-        for back in coming:
-            _add(own, *back)
+                own.dq_THD[shard.rows] += parts.dq_THD
+            while coming:
+                _add(own, *coming.pop())
+            coming.append((trip, *self._send_back(trip, own, parts)))
+            # Before the next ones are there as well.
+            del parts
+        while coming:
+            _add(own, *coming.pop())
         return own
 
-    def _send_back(self, trip: Round, sums: list[Tensor]) -> tuple[Parcel, Handle]:
+    def _send_back(
+        self, trip: Round, own: Gradients, parts: Gradients | None
+    ) -> tuple[Parcel, Handle]:
         """Sends gradients to the keys' owners, and starts to receive those of this rank's keys."""
-        if trip.order is not None:
-            # Back into the order in which the keys came.
-            order = trip.order.on(sums[0].device)
-            sums = [torch.empty_like(x).index_copy_(0, order.long(), x) for x in sums]
-        sizes = [tokens for _, tokens in trip.receives]
-        parts = zip(*(x.split(sizes) for x in sums), strict=True)
-        sends = [
-            Outgoing(peer, Parcel.pack(part).flat)
-            for (peer, _), part in zip(trip.receives, parts, strict=True)
-        ]
-        like = Parcel.pack([x[:0] for x in sums])
+        like = Parcel.pack([own.dk_SGD[:0], own.dv_SGV[:0]])
+        sends = []
+        for peer, places in trip.receives:
+            # A peer whose keys no row sees after all still waits for what it is told to.
+            flat = own.dk_SGD.new_zeros(len(places.host) * like.width)
+            if parts is not None:
+                sums = [parts.dk_SGD, parts.dv_SGV]
+                flat = Parcel.pack(sums, places.on(flat.device)).flat
+            sends.append(Outgoing(peer, flat))
         receives = [like.incoming(peer, len(rows.host)) for peer, rows in trip.sends]
         return like, self.transport.trade(sends, receives)
 
@@ -132,31 +130,34 @@ class Fetch:
             seen: What is seen.
             k_TGD: The rank's own keys.
             v_TGV: Its own values.
-            arrived: Keys and values of each round, if they are there already.
+            arrived: Keys and values of each round in one tensor, if they are there already.
             into: Where to leave them, if they shall be kept.
         """
-        plan, like = self._plan(seen.reach), Parcel.pack([k_TGD[:0], v_TGV[:0]])
+        plan = self._plan(seen.reach)
+        like = Parcel.pack([k_TGD[:0], v_TGV[:0]])
 
         def start(trip: Round) -> Handle:
             sends = [
                 Outgoing(peer, Parcel.pack([k_TGD, v_TGV], rows.on(k_TGD.device)).flat)
                 for peer, rows in trip.sends
             ]
-            receives = [like.incoming(peer, tokens) for peer, tokens in trip.receives]
+            receives = [like.incoming(peer, len(at.host)) for peer, at in trip.receives]
             return self.transport.trade(sends, receives)
 
-        following = start(plan.rounds[0]) if plan.rounds and not arrived else None
+        travels = [] if arrived else plan.rounds
+        coming = [start(trip) for trip in travels[:1]]
         yield Arrival(plan.own, k_TGD, v_TGV)
-        for number, trip in enumerate(plan.rounds):
-            if following is None:
-                keys = arrived[2 * number : 2 * number + 2]
+        for number, trip in enumerate(plan.rounds, start=1):
+            if arrived:
+                sorted_ = like.of(arrived[number - 1])
             else:
-                keys = _in_order(trip, like, following)
-                more = number + 1 < len(plan.rounds)
-                following = start(plan.rounds[number + 1]) if more else following
-                if into is not None and self._keeps:
-                    into.extend(keys)
-            yield Arrival(trip.shard, *keys)
+                sorted_ = _in_place(trip, like, coming.pop().wait())
+            if into is not None and self._keeps:
+                into.append(sorted_.flat)
+            # What came in parts is gone, and only its copy in order is there.
+            coming = [start(following) for following in travels[number : number + 1]]
+            yield Arrival(trip.shard, *sorted_.tensors)
+            del sorted_
 
     def _plan(self, reach: Reach) -> Plan:
         """What this rank does, planned once per reach and without a message."""
@@ -167,11 +168,12 @@ class Fetch:
         needs = every.once(("needs", self.layout), lambda: Needs(every, self.layout))
         rounds = []
         for distances in self._distances(needs.counts()):
-            sends, receives, index_S = needs.trade(rank, distances)
-            order = index_S.argsort()
-            sorted_ = bool((index_S.diff() > 0).all())
-            shard = Shard.of(reach, index_S[order])
-            rounds.append(Round(sends, receives, None if sorted_ else Mirror(order), shard))
+            sends, receives, index = needs.trade(rank, distances)
+            index_S, places_S = _sorted(index)
+            places = map(Mirror, places_S.split([tokens for _, tokens in receives]))
+            owners = [peer for peer, _ in receives]
+            placed = list(zip(owners, places, strict=True))
+            rounds.append(Round(sends, placed, Shard.of(reach, index_S)))
         own = self.layout.index(rank)
         return Plan(Shard.of(reach, own, whole=True), rounds)
 
@@ -180,27 +182,41 @@ class Fetch:
         ranks = self.layout.ranks
         at = torch.arange(ranks)
         rounds: list[list[int]] = []
-        room = torch.zeros(ranks, dtype=torch.int64)
+        room_2P = torch.zeros(2, ranks, dtype=torch.int64)
         for distance in range(1, ranks):
             asked = counts[at, (at - distance) % ranks]
+            both_2P = torch.stack([asked, asked.roll(-distance)])
             if not bool(asked.any()):
                 continue
-            if bool((asked > room).any()):
+            if bool((both_2P > room_2P).any()):
                 rounds.append([])
-                room = torch.full((ranks,), self.layout.largest)
+                room_2P = torch.full_like(room_2P, self.layout.largest)
             rounds[-1].append(distance)
-            room = room - asked
+            room_2P = room_2P - both_2P
         return rounds
 
 
-def _in_order(trip: Round, like: Parcel, coming: Handle) -> list[Tensor]:
-    """The keys and the values of a round in ascending order."""
-    parts = [like.of(flat).tensors for flat in coming.wait()]
-    keys = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else like.tensors
-    if trip.order is None:
-        return keys
-    order = trip.order.on(like.flat.device)
-    return [x.index_select(0, order) for x in keys]
+def _sorted(index_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in ascending order, and the place of each one in it."""
+    if bool((index_S[1:] > index_S[:-1]).all()):
+        return index_S, torch.arange(len(index_S))
+    sorted_S, order_S = index_S.sort()
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S))
+    return sorted_S, places_S
+
+
+def _in_place(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:
+    """What came in a round, in the order of its shard."""
+    if len(received) == 1:
+        return like.of(*received)
+    tokens = len(trip.shard.index_S)
+    whole = like.of(like.flat.new_empty(tokens * like.width))
+    for (_, places), flat in zip(trip.receives, received, strict=True):
+        at = places.on(flat.device).long()
+        for x, part in zip(whole.tensors, like.of(flat).tensors, strict=True):
+            x.index_copy_(0, at, part)
+    return whole
 
 
 def _add(own: Gradients, trip: Round, like: Parcel, handle: Handle) -> None:

@@ -46,11 +46,10 @@ class Gathering:
         spare = self.layout.largest - self._tokens
         if spare:
             x_T = torch.cat([x_T, x_T.new_zeros(spare, *x_T.shape[1:])])
-        handle = self.transport.all_gather(x_T)
+        handle, places_S = self.transport.all_gather(x_T), self._places.on(x_T.device)
 
         def finish() -> Tensor:
             (gathered_PR,) = handle.wait()
-            places_S = self._places.on(x_T.device)
             return gathered_PR.flatten(0, 1).index_select(0, places_S)
 
         return finish
@@ -65,6 +64,8 @@ class Gathering:
         They are of this rank's own tokens, [T, ...] each.
         """
         flat_SY = [part_S.flatten(1) for part_S in parts_S]
+        # Not the parts themselves: they are not needed until the sums are there.
+        shapes = [part_S.shape[1:] for part_S in parts_S]
         widths = [part_SY.shape[1] for part_SY in flat_SY]
         rows = self._rows.on(flat_SY[0].device)
         side_RY = torch.cat([part_SY.index_select(0, rows) for part_SY in flat_SY], 1)
@@ -72,12 +73,8 @@ class Gathering:
 
         def finish() -> list[Tensor]:
             (summed_RY,) = handle.wait()
-            return [
-                own_TY.unflatten(1, part_S.shape[1:])
-                for own_TY, part_S in zip(
-                    summed_RY[: self._tokens].split(widths, -1), parts_S, strict=True
-                )
-            ]
+            owned_TY = summed_RY[: self._tokens].split(widths, -1)
+            return [x_TY.unflatten(1, shape) for x_TY, shape in zip(owned_TY, shapes, strict=True)]
 
         return finish
 

@@ -6,6 +6,7 @@ Shapes: T rows or tokens of a rank, N ranges, P ranks, M things.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 import torch
@@ -16,23 +17,25 @@ from ..kernels.reach import Reach
 from .layout import Layout
 
 
-def reached(reach: Reach) -> tuple[Tensor, Tensor]:
-    """The keys that some row sees, as disjoint ascending ranges: first and one past the last, [N].
+def joined(first_N: Tensor, last_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges in any order, some empty, as disjoint ascending ones that cover the same.
 
     Args:
-        reach: Of some rows.
+        first_N: The first key of each.
+        last_N: One past the last.
     """
-    sees = reach.first_T < reach.last_T
-    first, last = reach.first_T[sees], reach.last_T[sees]
+    some = first_N < last_N
+    first, until = (first_N, last_N) if bool(some.all()) else (first_N[some], last_N[some])
     if not len(first):
-        return first, last
-    order = first.argsort(stable=True)
-    first, until = first[order], last[order].cummax(0).values
-    begins = torch.ones(len(first), dtype=torch.bool)
-    begins[1:] = first[1:] > until[:-1]
-    ends = torch.ones_like(begins)
-    ends[:-1] = begins[1:]
-    return first[begins], until[ends]
+        return first, until
+    # Those of packed documents ascend, and need neither.
+    if bool((first[1:] < first[:-1]).any()):
+        order = first.argsort(stable=True)
+        first, until = first[order], until[order]
+    if bool((until[1:] < until[:-1]).any()):
+        until = until.cummax(0).values
+    gaps = (first[1:] > until[:-1]).nonzero()[:, 0]
+    return torch.cat([first[:1], first[gaps + 1]]), torch.cat([until[gaps], until[-1:]])
 
 
 def within(first_N: Tensor, last_N: Tensor, index_T: Tensor) -> Tensor:
@@ -90,8 +93,25 @@ class Needs:
         rows = layout if rows is None else rows
         assert len(reach) == rows.length, (len(reach), rows.length)
         self._index = [layout.index(rank) for rank in range(layout.ranks)]
-        self._ranges = [reached(reach.rows(rows.index(rank))) for rank in range(layout.ranks)]
-        self._layout = layout
+        # Keys of different ranks' rows lie apart, so that one search serves all ranks.
+        self._apart_P = torch.arange(layout.ranks) * (layout.length + 1)
+        parts = [
+            (slice(*chunk), apart)
+            for apart, chunks in zip(self._apart_P, rows.chunks, strict=True)
+            for chunk in chunks
+        ]
+        bounds = [
+            torch.cat([torch.arange(0), *(bound_T[some] + apart for some, apart in parts)])
+            for bound_T in (reach.first_T, reach.last_T)
+        ]
+        self._first_N, self._last_N = joined(*bounds)
+        # Where the ranges of each rank begin.
+        starts = torch.searchsorted(self._first_N, self._apart_P).tolist()
+        of_rank = starmap(slice, pairwise([*starts, len(self._first_N)]))
+        self._ranges = [
+            (self._first_N[own] - apart, self._last_N[own] - apart)
+            for own, apart in zip(of_rank, self._apart_P, strict=True)
+        ]
 
     def of(self, rank: int, owner: int) -> Tensor:
         """What a rank needs of another one's tokens, as the owner's own numbers."""
@@ -103,7 +123,7 @@ class Needs:
 
     def trade(self, rank: int, distances: Iterable[int]) -> Trade:
         """What a rank trades with those that are so many ranks before and after it."""
-        ranks, sends, receives, index = self._layout.ranks, [], [], [torch.arange(0)]
+        ranks, sends, receives, index = len(self._index), [], [], [torch.arange(0)]
         for distance in distances:
             to, of = (rank + distance) % ranks, (rank - distance) % ranks
             rows, numbers = self.of(to, rank), self.of(rank, of)
@@ -116,21 +136,20 @@ class Needs:
 
     def distances(self) -> list[int]:
         """So many ranks before some rank is one of which it needs something, ascending from 1."""
-        ranks, counts = self._layout.ranks, self.counts()
+        ranks, counts = len(self._index), self.counts()
         at = torch.arange(ranks)
         return [d for d in range(1, ranks) if bool(counts[at, (at - d) % ranks].any())]
 
     def counts(self) -> Tensor:
         """How many tokens each rank needs of each owner, [ranks, owners]."""
-        ranks, length = self._layout.ranks, self._layout.length
-        # All owners' tokens one after the other, so that one search serves all.
-        apart_P1 = torch.arange(ranks)[:, None] * (length + 1)
-        index = torch.cat([x + apart for x, apart in zip(self._index, apart_P1, strict=True)])
-        first, last = (torch.cat(bounds) for bounds in zip(*self._ranges, strict=True))
-        found_PN = torch.searchsorted(index, last + apart_P1)
-        found_PN -= torch.searchsorted(index, first + apart_P1)
-        of_N = torch.repeat_interleave(
-            torch.arange(ranks), torch.tensor([len(first) for first, _ in self._ranges])
-        )
+        ranks = len(self._index)
+        sizes = torch.tensor([len(first) for first, _ in self._ranges])
+        of_N = torch.repeat_interleave(torch.arange(ranks), sizes)
+        own_N = self._apart_P[of_N]
+        # All owners' tokens one after the other.
+        index = torch.cat([x + apart for x, apart in zip(self._index, self._apart_P, strict=True)])
+        first_N, last_N = self._first_N - own_N, self._last_N - own_N
+        found_PN = torch.searchsorted(index, last_N + self._apart_P[:, None])
+        found_PN -= torch.searchsorted(index, first_N + self._apart_P[:, None])
         counts = torch.zeros(ranks, ranks, dtype=torch.int64)
         return counts.index_add_(0, of_N, found_PN.T.contiguous())

@@ -58,13 +58,14 @@ class Ring:
         assert own is not None
         sums = Parcel.pack([own.dk_SGD, own.dv_SGV])
         coming = self._send_home(0, sums)
-        for step, (arrival, parts) in enumerate(found, start=1):
+        for step in range(1, self.route.steps):
+            shard, parts = next(found)
             sums = sums.of(*coming.wait())
             if parts is not None:
-                own.dq_THD[arrival.shard.rows] += parts.dq_THD
-                dk, dv = sums.tensors
-                dk += parts.dk_SGD
-                dv += parts.dv_SGV
+                own.dq_THD[shard.rows] += parts.dq_THD
+                _add(sums, parts)
+            # Before the next ones are there as well.
+            del parts
             coming = self._send_home(step, sums)
         dk_TGD, dv_TGV = sums.of(*coming.wait()).tensors
         return own._replace(dk_SGD=dk_TGD, dv_SGV=dv_TGV)
@@ -122,3 +123,10 @@ class Ring:
             return [Shard.of(reach, own, whole=True), *(Shard.of(reach, x) for x in others)]
 
         return reach.once(("ring", self), plan)
+
+
+def _add(sums: Parcel, parts: Gradients) -> None:
+    """Adds what this rank found for the keys and values of a shard."""
+    dk_SGD, dv_SGV = sums.tensors
+    dk_SGD += parts.dk_SGD
+    dv_SGV += parts.dv_SGV

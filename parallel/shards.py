@@ -82,40 +82,43 @@ def attend_over(q_THD: Tensor, seen: Seen, arrivals: Iterator[Arrival]) -> tuple
         seen: What they see.
         arrivals: The first one is of all rows, with those that see nothing.
     """
-    how = {"scale": seen.scale, "out_dtype": wide_dtype(q_THD)}
-    first = next(arrivals)
-    keys, reach = (first.k_SGD, first.v_SGV), first.shard.reach
+
+    def attended(arrival: Arrival, sink_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shard, how = arrival.shard, {"scale": seen.scale, "out_dtype": wide_dtype(q_THD)}
+        given = arrival.k_SGD, arrival.v_SGV, shard.reach, shard.chosen(seen.blocks)
+        return attend(q_THD[shard.rows], *given, sink_H=sink_H, **how)
+
     # A sink is one more key, so that the first shard may bring it.
-    out_THV, lse_TH = attend(
-        q_THD, *keys, reach, first.shard.chosen(seen.blocks), sink_H=seen.sink_H, **how
-    )
+    out_THV, lse_TH = attended(next(arrivals), seen.sink_H)
     for arrival in arrivals:
-        shard = arrival.shard
-        if len(shard.reach):
-            rows, keys = shard.rows, (arrival.k_SGD, arrival.v_SGV)
-            part = attend(q_THD[rows], *keys, shard.reach, shard.chosen(seen.blocks), **how)
-            out_THV[rows], lse_TH[rows] = merge(out_THV[rows], lse_TH[rows], *part)
+        rows = arrival.shard.rows
+        if len(arrival.shard.reach):
+            out_THV[rows], lse_TH[rows] = merge(out_THV[rows], lse_TH[rows], *attended(arrival))
+        # What follows would come beside it.
+        del arrival
     return out_THV.to(q_THD.dtype), lse_TH
 
 
 def gradients_over(
     dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept, arrivals: Iterator[Arrival]
-) -> Iterator[tuple[Arrival, Gradients | None]]:
+) -> Iterator[tuple[Shard, Gradients | None]]:
     """The gradients of each arrival; None where no row sees it.
 
     Those of sinks come with the first, of all rows; those of queries are of `shard.rows`.
     """
-    for number, arrival in enumerate(arrivals):
-        shard = arrival.shard
-        if number and not len(shard.reach):
-            yield arrival, None
-            continue
-        rows = shard.rows
+
+    def gradients(arrival: Arrival, sink_H: Tensor | None = None) -> Gradients:
+        shard, rows = arrival.shard, arrival.shard.rows
         dout, q, out, lse = (x[rows] for x in (dout_THV, kept.q, kept.out, kept.lse))
-        how = {
-            "scale": kept.seen.scale,
-            "dlse_TH": None if dlse_TH is None else dlse_TH[rows],
-            "sink_H": None if number else kept.seen.sink_H,
-        }
+        dlse = None if dlse_TH is None else dlse_TH[rows]
+        how = {"scale": kept.seen.scale, "dlse_TH": dlse, "sink_H": sink_H}
         given = q, arrival.k_SGD, arrival.v_SGV, out, lse, shard.reach
-        yield arrival, attend_backward(dout, *given, shard.chosen(kept.seen.blocks), **how)
+        return attend_backward(dout, *given, shard.chosen(kept.seen.blocks), **how)
+
+    first = next(arrivals)
+    yield first.shard, gradients(first, kept.seen.sink_H)
+    del first
+    for arrival in arrivals:
+        yield arrival.shard, gradients(arrival) if len(arrival.shard.reach) else None
+        # What follows would come beside it.
+        del arrival

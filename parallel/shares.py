@@ -11,12 +11,19 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 
 Part = tuple[int, int, int]
 """Document, and the half-open range of its tokens."""
 
 SLACK = 0.02
 """A rank may have this share of the mean more or less work where that spares a cut."""
+
+EASY = 0.9
+"""Ranks that are at most so full leave one that has work enough without more tokens."""
+
+NEAR = 0.25
+"""A cut is found when it is this near, as a share of the slack."""
 
 
 class Stock:
@@ -28,28 +35,12 @@ class Stock:
     """
 
     def __init__(self, lengths: Sequence[int], work: Callable[[int], float]) -> None:
-        self._kept: dict[int, float] = {0: 0.0}
-        self._work = work
+        self.up_to = cache(work)
         self.first, self.last = [0] * len(lengths), list(lengths)
+        self.size, self.load = list(lengths), [self.up_to(n) for n in lengths]
         # By work per token.
-        self.order = sorted((self.up_to(n) / n, d) for d, n in enumerate(lengths) if n)
-        self.tokens = sum(lengths)
-        self.work = sum(self.up_to(n) for n in lengths)
-
-    def up_to(self, tokens: int) -> float:
-        """Work of a document's first tokens."""
-        known = self._kept.get(tokens)
-        if known is None:
-            known = self._kept[tokens] = float(self._work(tokens))
-        return known
-
-    def size(self, document: int) -> int:
-        """Tokens that are left of a document."""
-        return self.last[document] - self.first[document]
-
-    def load(self, document: int) -> float:
-        """Their work."""
-        return self.up_to(self.last[document]) - self.up_to(self.first[document])
+        self.order = sorted((self.load[d] / n, d) for d, n in enumerate(lengths) if n)
+        self.tokens, self.work = sum(lengths), sum(self.load)
 
     def head(self, document: int, tokens: int) -> float:
         """Work of the first of them."""
@@ -61,19 +52,26 @@ class Stock:
         last = self.last[document]
         return self.up_to(last) - self.up_to(last - tokens)
 
+    def within(self, document: int, work: float) -> int:
+        """How many of the first of them make up so much work."""
+        tokens = range(1, self.size[document] + 1)
+        return bisect_left(tokens, work, key=lambda n: self.head(document, n)) + 1
+
     def take(self, document: int, head: int = 0, tail: int = 0) -> list[Part]:
         """Takes so many of the first and last tokens of a document away."""
-        first, last, before = self.first[document], self.last[document], self.load(document)
-        del self.order[bisect_left(self.order, (before / (last - first), document))]
-        self.first[document], self.last[document] = first + head, last - tail
-        left = last - first - head - tail
-        after = self.load(document) if left else 0.0
+        first, last = self.first[document], self.last[document]
+        before, size = self.load[document], self.size[document]
+        del self.order[bisect_left(self.order, (before / size, document))]
+        after, left = 0, size - head - tail
         if left:
+            after = self.up_to(last - tail) - self.up_to(first + head)
             insort(self.order, (after / left, document))
+        self.first[document], self.last[document] = first + head, last - tail
+        self.size[document], self.load[document] = left, after
         self.tokens -= head + tail
         self.work -= before - after
-        parts = [(document, first, first + head), (document, last - tail, last)]
-        return [part for part in parts if part[1] < part[2]]
+        parts = [(document, first, first + head)] if head else []
+        return [*parts, (document, last - tail, last)] if tail else parts
 
 
 class Filling:
@@ -88,12 +86,14 @@ class Filling:
     def __init__(self, stock: Stock, documents: Iterable[int], tokens: int) -> None:
         self.stock, self.documents = stock, list[int]()
         self._tokens, self._work = [0], [0.0]
+        have, load = 0, 0.0
         for document in documents:
-            if self._tokens[-1] >= tokens:
+            if have >= tokens:
                 break
+            have, load = have + stock.size[document], load + stock.load[document]
             self.documents.append(document)
-            self._tokens.append(self._tokens[-1] + stock.size(document))
-            self._work.append(self._work[-1] + stock.load(document))
+            self._tokens.append(have)
+            self._work.append(load)
 
     def work(self, tokens: int) -> float:
         """Of the first so many tokens."""
@@ -110,18 +110,18 @@ class Rank:
     Args:
         stock: What is left; its last token for this rank leaves it here.
         room: Tokens that fit.
-        least: Tokens that it must take, so that the others fit into later ranks.
-        later: Ranks that come later.
+        later: Tokens that fit on each of the later ranks.
         mean: Work of all ranks at first, by their number.
     """
 
-    def __init__(self, stock: Stock, room: int, least: int, later: int, mean: float) -> None:
-        self.stock, self.room, self.least = stock, room, least
-        self.work = stock.work / (later + 1)
-        # Or what earlier ranks have left undone, or done too much, adds up in the last ones.
-        self.over = min(max(mean + 2 * SLACK * mean - self.work, 0), SLACK * mean)
-        self.under = min(max(mean + SLACK * mean - self.work, 0), SLACK * mean)
-        self.tokens = min(room, max(least, -(-stock.tokens // (later + 1))))
+    def __init__(self, stock: Stock, room: int, later: Sequence[int], mean: float) -> None:
+        self.stock, self.room, self.later = stock, room, sum(later)
+        self.least = max(0, stock.tokens - self.later)
+        self.work = stock.work / (len(later) + 1)
+        self.over = SLACK * mean
+        # Less where earlier ranks did too little, or that adds up in the last ones.
+        self.under = min(max(mean + self.over - self.work, 0.0), self.over)
+        self.tokens = min(room, max(self.least, -(-stock.tokens // (len(later) + 1))))
         self.parts: list[Part] = []
 
     def fill(self, begun: int) -> int:
@@ -142,48 +142,44 @@ class Rank:
                 break
             document, whole = self._next(begun, filling, lacking)
             if whole:
-                self._take(document, head=stock.size(document))
+                self._take(document, head=stock.size[document])
                 begun = -1
                 continue
-            enough = self._cut(document)
-            begun = document if stock.size(document) else -1
+            enough = self._cut(document, filling)
+            begun = document if stock.size[document] else -1
             if enough:
                 break
-        return begun if begun >= 0 and stock.size(begun) else -1
+        return begun if begun >= 0 and stock.size[begun] else -1
 
     def _next(self, begun: int, filling: Filling, lacking: float) -> tuple[int, bool]:
         """A document that has work enough for this rank, and whether to take all of it."""
         order = self.stock.order
-        if begun >= 0:
-            if self._fits(begun, filling, lacking):
-                return begun, True
-            if self._suffices(begun):
-                return begun, False
+        if begun >= 0 and self._suffices(begun):
+            return begun, False
         densest = order[-1][1]
         if not self.parts and not self._fits(densest, filling, lacking):
             return densest, False
         at = self._largest(filling, lacking)
-        if at >= len(filling.documents) and self._fits(order[at][1], filling, lacking):
+        if at >= len(filling.documents) - 1 and self._fits(order[at][1], filling, lacking):
             return order[at][1], True
-        above = order[min(at + 1, len(order) - 1)][1]
-        return (above if self._suffices(above) else densest), False
+        return densest, False
 
     def _gain(self, document: int, filling: Filling) -> float:
         """Work that the rank gains if it takes a document instead of what would fill it up."""
-        left = self.tokens - self.stock.size(document)
-        return self.stock.load(document) + filling.work(left) - filling.work(self.tokens)
+        left = self.tokens - self.stock.size[document]
+        return self.stock.load[document] + filling.work(left) - filling.work(self.tokens)
 
     def _fits(self, document: int, filling: Filling, lacking: float) -> bool:
         """Whether the whole document leaves the rank neither too much work nor too little."""
-        size = self.stock.size(document)
+        size = self.stock.size[document]
         if size > self.tokens or self._gain(document, filling) > lacking + self.over:
             return False
-        dense = self.stock.load(document) + self._densest(self.tokens - size, document)
+        dense = self.stock.load[document] + self._densest(self.tokens - size, document)
         return dense >= self.work - self.under
 
     def _suffices(self, document: int) -> bool:
         """Whether the end of a document can be work enough."""
-        size = min(self.stock.size(document), self.tokens)
+        size = min(self.stock.size[document], self.tokens)
         dense = self.stock.tail(document, size) + self._densest(self.tokens - size, document)
         return dense >= self.work
 
@@ -194,19 +190,19 @@ class Rank:
             if tokens <= 0:
                 break
             if document != without:
-                size = min(tokens, self.stock.size(document))
+                size = min(tokens, self.stock.size[document])
                 work += self.stock.tail(document, size)
                 tokens -= size
         return work
 
     def _largest(self, filling: Filling, lacking: float) -> int:
-        """Where in the order the densest document is that fits; not among the filling ones."""
+        """Where in the order the densest document is that fits, behind those that fill it up."""
         order = self.stock.order
-        low, high = len(filling.documents) - 1, len(order) - 1
+        low, high = len(filling.documents) - 2, len(order) - 1
         while low < high:
             middle = (low + high + 1) // 2
             document = order[middle][1]
-            small = self.stock.size(document) <= self.tokens
+            small = self.stock.size[document] <= self.tokens
             if small and self._gain(document, filling) <= lacking + self.over:
                 low = middle
             else:
@@ -223,53 +219,89 @@ class Rank:
 
     def _sparsest(self, last: int = -1) -> Iterator[int]:
         """Documents by work per token, one of them last."""
-        yield from (document for _, document in self.stock.order if document != last)
+        for _, document in self.stock.order:
+            if document != last:
+                yield document
         if last >= 0:
             yield last
 
-    def _cut(self, document: int) -> bool:
+    def _cut(self, document: int, filling: Filling) -> bool:
         """Takes the end of a document, and fills up with others or with its own beginning.
 
         Returns:
             Whether it was enough; if not, all of it is taken and nothing else.
         """
-        stock, tokens, size = self.stock, self.tokens, self.stock.size(document)
-        filling = Filling(stock, self._sparsest(document), tokens)
+        stock, tokens, size = self.stock, self.tokens, self.stock.size[document]
+        if document in filling.documents:
+            filling = Filling(stock, self._sparsest(document), tokens)
+        alone = self._alone(document)
+        if alone:
+            self._take(document, tail=alone)
+            return self.work <= self.under
         # Its own tokens need no keys from elsewhere; others do where they are cut as well.
-        cut = stock.size(filling.documents[-1]) > tokens
+        cut = stock.size[filling.documents[-1]] > tokens
         if cut and size >= tokens and stock.head(document, tokens) <= self.work:
             filling = Filling(stock, [document], tokens)
-
-        def work(tail: int) -> float:
-            return stock.tail(document, tail) + filling.work(tokens - tail)
-
-        low, high = 1, min(size, tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if work(middle) < self.work:
-                low = middle + 1
-            else:
-                high = middle
-        enough = low < size or work(low) >= self.work - self.under
-        self._take(document, tail=low)
+        tail = self._tail(document, filling)
+        work = stock.tail(document, tail) + filling.work(tokens - tail)
+        enough = tail < size or work >= self.work - self.under
+        self._take(document, tail=tail)
         if enough:
             self._fill_up(filling)
         return enough
+
+    def _alone(self, document: int) -> int:
+        """Tokens of a document's end that are to be filled up only as far as there is no room.
+
+        Then others do without this rank. 0 where ranks are too full for that to spare cuts.
+        """
+        stock, size = self.stock, self.stock.size[document]
+        if stock.tokens - self.tokens > EASY * self.later:
+            return 0
+        if stock.load[document] > self.work + self.over:
+            tail = self._tail(document, Filling(stock, [], 0))
+            dense = stock.tail(document, tail)
+        else:
+            tail, dense = size, stock.load[document] + self._densest(self.tokens - size, document)
+        easy = stock.tokens - tail <= EASY * self.later
+        fits = tail <= self.tokens and dense >= self.work - self.under
+        return tail if easy and fits else 0
+
+    def _tail(self, document: int, filling: Filling) -> int:
+        """How many tokens of a document's end make up the work, or as many as there are."""
+        stock, low, high = self.stock, 0, min(self.stock.size[document], self.tokens)
+        below = filling.work(self.tokens)
+        above = stock.tail(document, high) + filling.work(self.tokens - high)
+        near, straight = NEAR * self.over, True
+        while high - low > 1 and above > self.work + near:
+            # Work grows nearly linearly with tokens, but not everywhere: halving always ends.
+            share = (self.work + near / 2 - below) / (above - below) if straight else 0.5
+            middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
+            work = stock.tail(document, middle) + filling.work(self.tokens - middle)
+            if work < self.work:
+                low, below = middle, work
+            else:
+                high, above = middle, work
+            straight = not straight
+        return high
 
     def _fill_up(self, filling: Filling) -> None:
         """Takes documents in this order, the last one in part only where it must."""
         stock = self.stock
         for document in filling.documents:
-            size, must = stock.size(document), self.least > 0
-            if self.tokens <= 0 or (not must and self.work < -self.over):
+            size, must = stock.size[document], self.least > 0
+            if self.tokens <= 0:
                 return
-            if size > self.tokens:
-                if not must and self.work <= self.under:
-                    return
-                if size > self.room or stock.load(document) > self.work + self.over:
-                    size = self.tokens
-            if size:
-                self._take(document, head=size)
+            if not size:
+                continue
+            heavy = stock.load[document] > self.work + self.over
+            if not must and (heavy or size > self.tokens) and self.work <= self.under:
+                return
+            if size > self.room or (size > self.tokens and heavy):
+                size = self.tokens
+            if not must and heavy:
+                size = min(size, stock.within(document, self.work))
+            self._take(document, head=size)
 
 
 def share(
@@ -286,12 +318,10 @@ def share(
         The parts of each rank. All have about equal work; if all rooms are needed they are full.
     """
     stock = Stock(lengths, work)
-    mean, later, begun = stock.work / len(rooms), sum(rooms), -1
+    mean, begun = stock.work / len(rooms), -1
     shares: list[list[Part]] = []
     for number, room in enumerate(rooms):
-        later -= room
-        least = max(0, stock.tokens - later)
-        rank = Rank(stock, room, least, len(rooms) - 1 - number, mean)
+        rank = Rank(stock, room, rooms[number + 1 :], mean)
         begun = rank.fill(begun)
         shares.append(rank.parts)
     return shares

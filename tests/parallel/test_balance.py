@@ -109,7 +109,8 @@ def documents_in(cu, start, stop):
 @pytest.mark.parametrize("name", ["pile", "prolong64k", "prolong512k"])
 @pytest.mark.parametrize("ranks", [8, 63])
 def test_documents_as_they_occur_are_balanced_within_5_percent(ranks, name, pairs):
-    for seed in range(4):
+    # Documents that no longer suffice to the end, and small ones that do not, occur in these.
+    for seed in (0, 1, 5, 8, 22):
         cu = histogram().packed(name, ranks * 8192, seed)
         work = [
             sum(pairs(b) - pairs(a) for edge in ranges for a, b in documents_in(cu, *edge))
@@ -146,6 +147,14 @@ def test_documents_that_fit_stay_whole():
     assert sum(len(owning) - 1 for owning in ranks) <= 3
 
 
+def test_documents_of_a_rank_s_work_stay_whole():
+    # Each line is one rank's work; only what fills up ranks exactly is cut.
+    long = [1000, *(900, 436), *(800, 600), *(707, 707), *(950, 312)]
+    cu = boundaries(long + [30] * 60)
+    ranks = ranks_of(cu, balanced_chunks(cu, 5, dense))
+    assert [len(owning) for owning in ranks[: len(long)]] == [1] * len(long)
+
+
 def test_long_documents_among_short_ones_lie_on_neighbouring_ranks():
     cu = boundaries([40] * 50 + [900, 850, 800] + [40] * 50)
     chunks = balanced_chunks(cu, 8, dense)
@@ -154,6 +163,8 @@ def test_long_documents_among_short_ones_lie_on_neighbouring_ranks():
         start, stop = cu[document], cu[document + 1]
         late = sorted(set(owner[(start + stop) // 2 : stop]))
         assert late == list(range(late[0], late[0] + len(late))) and 2 <= len(late) <= 4
+        # One range each: short documents fill up the ranks.
+        assert sum(a != b for a, b in pairwise(owner[start:stop])) == len(ranks[document]) - 1
     # The others are whole, but for those that make a rank exactly full.
     assert sum(len(owning) > 1 for owning in ranks) <= 3 + 7
 
