@@ -5,7 +5,9 @@ Tokens of a document are counted from 1, so that the t-th one sees t keys in den
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from .mechanism_settings import (
     IndexerSettings,
@@ -113,24 +115,32 @@ def visible_pairs(
 
 
 def prefix_pairs(
-    mechanisms: Sequence[MechanismSettings], heads: int, groups: int, tokens: int
-) -> float:
-    """Visible pairs of a document's first tokens, over all layers, in units of one head.
+    mechanisms: Sequence[MechanismSettings], heads: int, groups: int
+) -> Callable[[int], float]:
+    """Counts the visible pairs of a document's first tokens, over all layers, per query head.
 
-    It never decreases with the tokens: documents of InfLLM-V2 all count as if they were long.
+    They never decrease with the tokens: documents of InfLLM-V2 all count as if they were long.
 
     Args:
         mechanisms: Of the layers.
         heads: Query heads of a layer.
         groups: Key-value heads of a layer.
-        tokens: How many.
     """
-    pairs = 0.0
-    for mechanism in dict.fromkeys(mechanisms):
-        alike = mechanisms.count(mechanism)
-        if isinstance(mechanism, InfllmV2Settings):
-            mechanism = mechanism.model_copy(update={"dense_below": 0})
-        pairs += alike * visible_pairs(mechanism, tokens, heads, groups) / heads
+    # Few mechanisms, many layers.
+    layers = Counter(
+        mechanism.model_copy(update={"dense_below": 0})
+        if isinstance(mechanism, InfllmV2Settings)
+        else mechanism
+        for mechanism in mechanisms
+    )
+
+    @lru_cache(maxsize=2**14)
+    def pairs(tokens: int) -> float:
+        return sum(
+            count * visible_pairs(mechanism, tokens, heads, groups) / heads
+            for mechanism, count in layers.items()
+        )
+
     return pairs
 
 

@@ -147,7 +147,8 @@ def _bytes(candidate: Candidate, work: Work) -> float:
     kind, inner = candidate
     if kind == "fetch":
         tokens = work.reached * (sum(work.sizes) - work.sizes[0])
-        of_token = work.call.numbers * (2 * work.call.wire + work.call.accumulator)
+        call = work.call
+        of_token = call.numbers * (call.wire + call.again + call.accumulator)
         return tokens * of_token
     found: Volume = volume_of(kind, work.sizes, 0, work.call, inner=inner)  # type: ignore[arg-type]
     return sum(found)

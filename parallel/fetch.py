@@ -8,7 +8,7 @@ D key dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,22 +65,26 @@ class Fetch:
     Args:
         layout: Which tokens each rank owns.
         transport: Between these ranks.
+        keeps: Whether a backward has what its forward received, and it does not come again.
     """
 
-    def __init__(self, layout: Layout, transport: Transport) -> None:
-        self.layout, self.transport = layout, transport
+    def __init__(self, layout: Layout, transport: Transport, *, keeps: bool = False) -> None:
+        self.layout, self.transport, self._keeps = layout, transport, keeps
 
     def forward(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor, Kept]:
         """Output and lse over all that the queries see."""
-        out_THV, lse_TH = attend_over(q_THD, seen, self._arrivals(seen, k_TGD, v_TGV))
-        return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
+        arrived: list[Tensor] = []
+        arrivals = self._arrivals(seen, k_TGD, v_TGV, into=arrived)
+        out_THV, lse_TH = attend_over(q_THD, seen, arrivals)
+        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
+        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
 
     def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Fetches again; what is found for others' keys goes back while the next are computed."""
         rounds = self._plan(kept.seen.reach).rounds
-        arrivals = self._arrivals(kept.seen, kept.k, kept.v)
+        arrivals = self._arrivals(kept.seen, kept.k, kept.v, kept.arrived)
         found = gradients_over(dout_THV, dlse_TH, kept, arrivals)
         _, own = next(found)
         assert own is not None
@@ -114,10 +118,24 @@ class Fetch:
         receives = [like.incoming(peer, len(rows.host)) for peer, rows in trip.sends]
         return like, self.transport.trade(sends, receives)
 
-    def _arrivals(self, seen: Seen, k_TGD: Tensor, v_TGV: Tensor) -> Iterator[Arrival]:
-        """The rank's own keys, and those of each round; the next round is on its way."""
-        plan = self._plan(seen.reach)
-        like = Parcel.pack([k_TGD[:0], v_TGV[:0]])
+    def _arrivals(
+        self,
+        seen: Seen,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        arrived: Sequence[Tensor] = (),
+        into: list[Tensor] | None = None,
+    ) -> Iterator[Arrival]:
+        """The rank's own keys, and those of each round; the next round is on its way.
+
+        Args:
+            seen: What is seen.
+            k_TGD: The rank's own keys.
+            v_TGV: Its own values.
+            arrived: Keys and values of each round, if they are there already.
+            into: Where to leave them, if they shall be kept.
+        """
+        plan, like = self._plan(seen.reach), Parcel.pack([k_TGD[:0], v_TGV[:0]])
 
         def start(trip: Round) -> Handle:
             sends = [
@@ -127,19 +145,18 @@ class Fetch:
             receives = [like.incoming(peer, tokens) for peer, tokens in trip.receives]
             return self.transport.trade(sends, receives)
 
-        following = start(plan.rounds[0]) if plan.rounds else None
+        following = start(plan.rounds[0]) if plan.rounds and not arrived else None
         yield Arrival(plan.own, k_TGD, v_TGV)
-        for number, trip in enumerate(plan.rounds, start=1):
-            assert following is not None
-            parts = [like.of(flat).tensors for flat in following.wait()]
-            following = start(plan.rounds[number]) if number < len(plan.rounds) else None
-            k_SGD, v_SGV = (
-                (torch.cat(x) for x in zip(*parts, strict=True)) if parts else like.tensors
-            )
-            if trip.order is not None:
-                order = trip.order.on(k_SGD.device)
-                k_SGD, v_SGV = k_SGD.index_select(0, order), v_SGV.index_select(0, order)
-            yield Arrival(trip.shard, k_SGD, v_SGV)
+        for number, trip in enumerate(plan.rounds):
+            if following is None:
+                keys = arrived[2 * number : 2 * number + 2]
+            else:
+                keys = _in_order(trip, like, following)
+                more = number + 1 < len(plan.rounds)
+                following = start(plan.rounds[number + 1]) if more else following
+                if into is not None and self._keeps:
+                    into.extend(keys)
+            yield Arrival(trip.shard, *keys)
 
     def _plan(self, reach: Reach) -> Plan:
         """What this rank does, planned once per reach and without a message."""
@@ -174,6 +191,16 @@ class Fetch:
             rounds[-1].append(distance)
             room = room - asked
         return rounds
+
+
+def _in_order(trip: Round, like: Parcel, coming: Handle) -> list[Tensor]:
+    """The keys and the values of a round in ascending order."""
+    parts = [like.of(flat).tensors for flat in coming.wait()]
+    keys = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else like.tensors
+    if trip.order is None:
+        return keys
+    order = trip.order.on(like.flat.device)
+    return [x.index_select(0, order) for x in keys]
 
 
 def _add(own: Gradients, trip: Round, like: Parcel, handle: Handle) -> None:

@@ -42,6 +42,10 @@ class ParallelSettings(Settings):
     across: Literal["ring", "all_gather"] | None = None
     """For two_d: how keys and values travel between nodes; ring where left out."""
 
+    keep_keys: bool = False
+    """Keep the other ranks' keys and values from a layer's forward to its backward: they travel
+    once less, and take the memory of a whole sequence."""
+
     layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
     """Which tokens a context rank owns. Zigzag gives every rank equal causal work, striped against
     every other rank's keys as well, whatever the documents; balanced looks at each micro-batch's

@@ -38,6 +38,9 @@ def check_exchange(model: ModelSettings, parallel: ParallelSettings, at: str) ->
             fix = f"inner: {either(works)}" if works else "exchange: ring or ulysses"
             yield Problem(f"{at}.inner", str(inner or "nothing"), expected, fix)
             return
+    if kind == "ulysses" and parallel.keep_keys:
+        expected = "false: ulysses always keeps what a rank's heads attend to"
+        yield Problem(f"{at}.keep_keys", "true", expected, "remove it, or another exchange")
     heads = model.heads // parallel.tensor
     sharing = {"ulysses": context, "two_d": inner or 1}.get(kind, 1)
     if sharing > heads and model.heads % parallel.tensor == 0:

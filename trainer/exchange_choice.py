@@ -88,7 +88,7 @@ def _work(model: ModelSettings, stage: StageSettings, wire: int) -> Work:
     width = model.head_width
     return Work(
         sizes=[size] * ranks,
-        call=Call(heads, groups, width, width, wire),
+        call=Call(heads, groups, width, width, wire, keeps=parallel.keep_keys),
         pairs=mean([visible_pairs(each, document, heads, groups) for each in mechanisms])
         * documents
         / ranks,

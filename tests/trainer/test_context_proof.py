@@ -64,7 +64,15 @@ def expected(worlds):
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(1, {}), (2, {"context": 2}), (2, {"pipeline": 2}), (2, {}), (2, {"tensor": 2})],
+    [
+        (1, {}),
+        (2, {"context": 2}),
+        (2, {"pipeline": 2}),
+        (2, {}),
+        (2, {"tensor": 2}),
+        # 64 tokens over 3 ranks leave 2 spare rows.
+        (3, {"context": 3, "layout": "balanced"}),
+    ],
     ids=str,
 )
 def test_the_proof_is_its_definition_on_every_layout(worlds, expected, ranks, parallel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ class Engine:
             self.choice,
             group.rank(),
             CountedTransport(DistributedTransport(group), self.traffic),
-            lru_cache(maxsize=2**14)(partial(prefix_pairs, mechanisms, shape.heads, shape.groups)),
+            prefix_pairs(mechanisms, shape.heads, shape.groups),
         )
         rope = Rope(stage.rope, stage.length)
         return BatchBuilder(places, rope, self.device, (run.seed, stage.name))

@@ -115,7 +115,9 @@ class BatchBuilder:
             notes=notes or Notes(),
             draw=partial(_draw, *self.seed, sample.number),
         )
-        spare_1R = (torch.arange(rows) >= tokens)[None].to(self.device, non_blocking=True)
+        spare_1R = None
+        if place.spare:
+            spare_1R = (torch.arange(rows) >= tokens)[None].to(self.device, non_blocking=True)
         return MicroBatch(
             qkv_format="thd",
             attention=context,
@@ -123,7 +125,7 @@ class BatchBuilder:
             tokens_R=local(sample.tokens_T),
             labels_R=local(sample.labels_T),
             weights_R=weights_R,
-            spare_1R=spare_1R if place.spare else None,
+            spare_1R=spare_1R,
         )
 
 

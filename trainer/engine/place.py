@@ -94,6 +94,12 @@ class Places:
     def _place(self, layout: Layout) -> Place:
         rows = self.rows(layout.length)
         assert layout.largest <= rows, (layout.sizes, rows)
-        how = {"inner": self._choice.inner, "across": self._choice.across}
-        exchange = make_exchange(self._choice.kind, layout, self._transport, **how)
+        exchange = make_exchange(
+            self._choice.kind,
+            layout,
+            self._transport,
+            inner=self._choice.inner,
+            across=self._choice.across,
+            keeps=self._parallel.keep_keys,
+        )
         return Place(layout, layout.index(self._rank), exchange, rows)
