@@ -80,6 +80,6 @@ class Compression(nn.Module):
     def _cells(self, windows: Windows) -> tuple[Mirror, Mirror]:
         """The tokens of all cells, [C * Y], and the first cell of each window, [P]."""
         steps = torch.arange(0, self.length, self.stride)
-        starts_C = (windows.starts_P[:, None] + steps).unique()
+        starts_C = (windows.starts_P[:, None] + steps).flatten().sort().values.unique_consecutive()
         tokens_CY = starts_C[:, None] + torch.arange(self.stride)
         return Mirror(tokens_CY.flatten()), Mirror(torch.searchsorted(starts_C, windows.starts_P))

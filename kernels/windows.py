@@ -86,7 +86,7 @@ class Windows(Once):
         """
         starts_P = torch.searchsorted(index_L, self.starts_P[rows])
         stops_P = torch.searchsorted(index_L, self.stops_P[rows])
-        cuts_C1 = torch.searchsorted(index_L, self.cuts_C1).unique()
+        cuts_C1 = torch.searchsorted(index_L, self.cuts_C1).unique_consecutive()
         return Windows(starts_P, stops_P, self.length, self.stride, len(index_L), cuts_C1)
 
     def reach(self, reach: Reach) -> Reach:
@@ -133,7 +133,8 @@ class Windows(Once):
         if self.given_C1 is not None:
             return self.given_C1
         ends = torch.tensor([0, self.keys])
-        return torch.cat([self.starts_P, self.stops_P, ends]).unique()
+        cuts = torch.cat([self.starts_P, self.stops_P, ends]).sort().values
+        return cuts.unique_consecutive()
 
     @cached_property
     def cells(self) -> Cells:

@@ -25,7 +25,10 @@ class Entries:
 
     def __init__(self, index_N: Tensor, groups: int, tokens: Gathering) -> None:
         layout, rank = tokens.layout, tokens.transport.rank
-        distinct_M, back_N = index_N.unique(return_inverse=True)
+        wanted = torch.zeros(layout.length * groups, dtype=torch.bool)
+        wanted[index_N] = True
+        distinct_M = wanted.nonzero()[:, 0]
+        back_N = (wanted.cumsum(0) - 1)[index_N]
         position_M = distinct_M // groups
         self.layout = owned(position_M, layout)
         own = self.layout.index(rank)

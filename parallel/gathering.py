@@ -36,7 +36,7 @@ class Gathering:
         at_PR = torch.arange(rows_PR.numel()).view_as(rows_PR)
         owned = [at_PR[rank, :size] for rank, size in enumerate(layout.sizes)]
         index = torch.cat([layout.index(rank) for rank in range(layout.ranks)])
-        self._places = Mirror(torch.cat(owned)[index.argsort()])
+        self._places = Mirror(torch.empty_like(index).index_copy_(0, index, torch.cat(owned)))
 
     def start(self, x_T: Tensor) -> Callable[[], Tensor]:
         """Starts to gather; call what it returns for all ranks' tokens in global order, [S, ...].
