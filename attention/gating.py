@@ -31,4 +31,4 @@ class OutputGate(nn.Module):
         """The gated output [T, H, V]."""
         gate_TX = linear(hidden_TE, self.weight).sigmoid()
         ctx.measure("gate", gate_TX)
-        return out_THV * gate_TX.view(*out_THV.shape[:2], -1)
+        return out_THV * gate_TX.unflatten(1, (out_THV.shape[1], -1))

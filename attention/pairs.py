@@ -5,6 +5,10 @@ Tokens of a document are counted from 1, so that the t-th one sees t keys in den
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
 from .mechanism_settings import (
     IndexerSettings,
     InfllmV2Settings,
@@ -108,6 +112,36 @@ def visible_pairs(
             return heads * (ramp(tokens, count) if block == 1 else chosen(tokens, block, count))
         case _:
             return heads * every
+
+
+def prefix_pairs(
+    mechanisms: Sequence[MechanismSettings], heads: int, groups: int
+) -> Callable[[int], float]:
+    """Counts the visible pairs of a document's first tokens, over all layers, per query head.
+
+    They never decrease with the tokens: documents of InfLLM-V2 all count as if they were long.
+
+    Args:
+        mechanisms: Of the layers.
+        heads: Query heads of a layer.
+        groups: Key-value heads of a layer.
+    """
+    # Few mechanisms, many layers.
+    layers = Counter(
+        mechanism.model_copy(update={"dense_below": 0})
+        if isinstance(mechanism, InfllmV2Settings)
+        else mechanism
+        for mechanism in mechanisms
+    )
+
+    @lru_cache(maxsize=2**14)
+    def pairs(tokens: int) -> float:
+        return sum(
+            count * visible_pairs(mechanism, tokens, heads, groups) / heads
+            for mechanism, count in layers.items()
+        )
+
+    return pairs
 
 
 def ssa_streams(mechanism: SsaSettings, learning: bool) -> tuple[float, float]:

@@ -127,7 +127,7 @@ class _Aligned(torch.autograd.Function):
         weight = how.weights_T.sum()
         how.ctx.notes.add("alignment", found.total, weight, part=True)
         # The mean over tensor ranks shall be the sum of their parts.
-        whole = found.total * (how.width / out_THV[0].numel())
+        whole = found.total * (how.width / out_THV.shape[1:].numel())
         how.ctx.measure("alignment", whole / weight.clamp(min=1.0))
         dout_THV = grad_outputs[0] + found.da_THV.mul_(how.factor).to(out_THV.dtype)
         return dout_THV, found.db_THV.mul_(how.factor).to(other_THV.dtype), None

@@ -8,7 +8,7 @@ key-value heads, D key dim, V value dim, R query heads of one key-value head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,17 +21,22 @@ from .seen import Seen
 
 
 class AllGather:
-    """The all-gather exchange over one layout; see `Method`."""
+    """The all-gather exchange over one layout; see `Method`.
 
-    def __init__(self, gathering: Gathering) -> None:
-        self._gathering, self._here = gathering, Local()
+    Args:
+        gathering: Over the layout.
+        keeps: Whether a backward has what its forward gathered, and does not gather again.
+    """
+
+    def __init__(self, gathering: Gathering, *, keeps: bool = False) -> None:
+        self._gathering, self._here, self._keeps = gathering, Local(), keeps
 
     def forward(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor, Kept]:
         """Output and lse over all keys."""
-        outs, lses = [], []
-        for share, k_S1D, v_S1V in self._arrivals(q_THD, k_TGD, v_TGV):
+        outs, lses, arrived = [], [], []
+        for share, k_S1D, v_S1V in self._arrivals(q_THD, k_TGD, v_TGV, into=arrived):
             of_head = seen.of(share, q_THD.shape[1], k_TGD.shape[1])
             out, lse = self._here.forward(q_THD[:, share.heads], k_S1D, v_S1V, of_head)[:2]
             outs.append(out)
@@ -39,14 +44,15 @@ class AllGather:
             # Before the next head is there as well.
             del k_S1D, v_S1V
         out_THV, lse_TH = torch.cat(outs, 1), torch.cat(lses, 1)
-        return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
+        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
+        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
 
     def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Gathers again; dk and dv of a head return while the next one is computed."""
         q_THD, heads, groups = kept.q, kept.q.shape[1], kept.k.shape[1]
         dqs, dsinks, owned = [], [], []
         finish: Callable[[], list[Tensor]] | None = None
-        for share, k_S1D, v_S1V in self._arrivals(q_THD, kept.k, kept.v):
+        for share, k_S1D, v_S1V in self._arrivals(q_THD, kept.k, kept.v, kept.arrived):
             some = share.heads
             given = q_THD[:, some], k_S1D, v_S1V, kept.out[:, some], kept.lse[:, some]
             dlse_TR = None if dlse_TH is None else dlse_TH[:, some]
@@ -66,9 +72,22 @@ class AllGather:
         return Gradients(torch.cat(dqs, 1), dk_TGD, dv_TGV, dsink_H)
 
     def _arrivals(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor
+        self,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        arrived: Sequence[Tensor] = (),
+        into: list[Tensor] | None = None,
     ) -> Iterator[tuple[Share, Tensor, Tensor]]:
-        """Each key-value head with its query heads, its keys and its values."""
+        """Each key-value head with its query heads, its keys and its values.
+
+        Args:
+            q_THD: For the number of heads.
+            k_TGD: The rank's own keys.
+            v_TGV: Its own values.
+            arrived: Keys and values of each head, if they are there already.
+            into: Where to leave them, if they shall be kept.
+        """
         groups, widths = k_TGD.shape[1], [k_TGD.shape[2], v_TGV.shape[2]]
         shares = split_heads(q_THD.shape[1], groups, groups)
 
@@ -76,10 +95,16 @@ class AllGather:
             both = torch.cat([k_TGD[:, share.groups], v_TGV[:, share.groups]], -1)
             return self._gathering.start(both)
 
-        coming = [start(shares[0])]
-        for number, share in enumerate(shares, start=1):
-            k_S1D, v_S1V = coming.pop()().split(widths, -1)
-            # What came is gone, and only its copy in global order is there.
-            coming = [start(following) for following in shares[number : number + 1]]
+        coming = [] if arrived else [start(shares[0])]
+        for number, share in enumerate(shares):
+            if arrived:
+                kv_S1X = arrived[number]
+            else:
+                kv_S1X = coming.pop()()
+                # What came is gone, and only its copy in global order is there.
+                coming = [start(following) for following in shares[number + 1 : number + 2]]
+                if into is not None and self._keeps:
+                    into.append(kv_S1X)
+            k_S1D, v_S1V = kv_S1X.split(widths, -1)
             yield share, k_S1D, v_S1V
-            del k_S1D, v_S1V
+            del kv_S1X, k_S1D, v_S1V

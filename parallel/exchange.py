@@ -88,6 +88,7 @@ def make_exchange(
     *,
     inner: int = 1,
     across: Across = "ring",
+    keeps: bool = False,
 ) -> Exchange:
     """The exchange of one rank.
 
@@ -104,23 +105,30 @@ def make_exchange(
         inner: Of `double_ring` and `two_d`: neighbouring ranks that share a node. A divisor of the
             ranks.
         across: Of `two_d`: the exchange between nodes.
+        keeps: Whether a backward has the other ranks' keys and values of its forward: they do not
+            travel again, and a rank holds those of the whole sequence. (Of its heads in `two_d`;
+            `ulysses` always has its heads'.)
     """
     if layout.ranks == 1:
         return Exchange(Local())
     assert transport is not None and transport.size == layout.ranks, (layout.ranks, transport)
     assert layout.ranks % inner == 0, (layout.ranks, inner)
     makers: dict[ExchangeKind, Callable[[], Method]] = {
-        "all_gather": lambda: AllGather(Gathering(layout, transport)),
-        "ring": lambda: Ring(layout, transport, ring(layout.ranks)),
-        "double_ring": lambda: Ring(layout, transport, double_ring(layout.ranks, inner)),
-        "fetch": lambda: Fetch(layout, transport),
-        "ulysses": lambda: _ulysses(layout, transport, layout.ranks, "ring"),
-        "two_d": lambda: _ulysses(layout, transport, inner, across),
+        "all_gather": lambda: AllGather(Gathering(layout, transport), keeps=keeps),
+        "ring": lambda: Ring(layout, transport, ring(layout.ranks), keeps=keeps),
+        "double_ring": lambda: Ring(
+            layout, transport, double_ring(layout.ranks, inner), keeps=keeps
+        ),
+        "fetch": lambda: Fetch(layout, transport, keeps=keeps),
+        "ulysses": lambda: _ulysses(layout, transport, layout.ranks, "ring", keeps),
+        "two_d": lambda: _ulysses(layout, transport, inner, across, keeps),
     }
     return Exchange(makers[kind](), Gathering(layout, transport))
 
 
-def _ulysses(layout: Layout, transport: Transport, inner: int, across: Across) -> Method:
+def _ulysses(
+    layout: Layout, transport: Transport, inner: int, across: Across, keeps: bool
+) -> Method:
     """Neighbours trade heads; ranks with the same ones attend over the tokens of all nodes."""
     node, place = divmod(transport.rank, inner)
     members = range(node * inner, (node + 1) * inner)
@@ -129,10 +137,10 @@ def _ulysses(layout: Layout, transport: Transport, inner: int, across: Across) -
         nodes = layout.ranks // inner
         joined = layout.joined(range(n * inner, (n + 1) * inner) for n in range(nodes))
         peers = Members(transport, range(place, layout.ranks, inner))
-        gathers = across == "all_gather"
-        method = (
-            AllGather(Gathering(joined, peers)) if gathers else Ring(joined, peers, ring(nodes))
-        )
+        if across == "all_gather":
+            method = AllGather(Gathering(joined, peers), keeps=keeps)
+        else:
+            method = Ring(joined, peers, ring(nodes), keeps=keeps)
     index = [layout.index(rank) for rank in members]
     return Ulysses(Members(transport, members), index, method)
 

@@ -8,7 +8,7 @@ D key dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,22 +63,26 @@ class Fetch:
     Args:
         layout: Which tokens each rank owns.
         transport: Between these ranks.
+        keeps: Whether a backward has what its forward received, and it does not come again.
     """
 
-    def __init__(self, layout: Layout, transport: Transport) -> None:
-        self.layout, self.transport = layout, transport
+    def __init__(self, layout: Layout, transport: Transport, *, keeps: bool = False) -> None:
+        self.layout, self.transport, self._keeps = layout, transport, keeps
 
     def forward(
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor, Kept]:
         """Output and lse over all that the queries see."""
-        out_THV, lse_TH = attend_over(q_THD, seen, self._arrivals(seen, k_TGD, v_TGV))
-        return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
+        arrived: list[Tensor] = []
+        arrivals = self._arrivals(seen, k_TGD, v_TGV, into=arrived)
+        out_THV, lse_TH = attend_over(q_THD, seen, arrivals)
+        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
+        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
 
     def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Fetches again; what is found for others' keys goes back while the next are computed."""
         rounds = self._plan(kept.seen.reach).rounds
-        arrivals = self._arrivals(kept.seen, kept.k, kept.v)
+        arrivals = self._arrivals(kept.seen, kept.k, kept.v, kept.arrived)
         found = gradients_over(dout_THV, dlse_TH, kept, arrivals)
         _, own = next(found)
         assert own is not None
@@ -101,21 +105,33 @@ class Fetch:
     ) -> tuple[Parcel, Handle]:
         """Sends gradients to the keys' owners, and starts to receive those of this rank's keys."""
         like = Parcel.pack([own.dk_SGD[:0], own.dv_SGV[:0]])
-        sends = []
-        for peer, places in trip.receives:
-            # A peer whose keys no row sees after all still waits for what it is told to.
-            flat = own.dk_SGD.new_zeros(len(places.host) * like.width)
-            if parts is not None:
-                sums = [parts.dk_SGD, parts.dv_SGV]
-                flat = Parcel.pack(sums, places.on(flat.device)).flat
-            sends.append(Outgoing(peer, flat))
+        # What no row sees has not come.
+        assert parts is not None or not trip.receives, trip.receives
+        sends = [] if parts is None else [
+            Outgoing(peer, Parcel.pack(parts[1:3], places.on(like.flat.device)).flat)
+            for peer, places in trip.receives
+        ]  # fmt: skip
         receives = [like.incoming(peer, len(rows.host)) for peer, rows in trip.sends]
         return like, self.transport.trade(sends, receives)
 
-    def _arrivals(self, seen: Seen, k_TGD: Tensor, v_TGV: Tensor) -> Iterator[Arrival]:
-        """The rank's own keys, and those of each round; the next round is on its way."""
-        plan = self._plan(seen.reach)
-        like = Parcel.pack([k_TGD[:0], v_TGV[:0]])
+    def _arrivals(
+        self,
+        seen: Seen,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        arrived: Sequence[Tensor] = (),
+        into: list[Tensor] | None = None,
+    ) -> Iterator[Arrival]:
+        """The rank's own keys, and those of each round; the next round is on its way.
+
+        Args:
+            seen: What is seen.
+            k_TGD: The rank's own keys.
+            v_TGV: Its own values.
+            arrived: Keys and values of each round, if they are there already.
+            into: Where to leave them, if they shall be kept.
+        """
+        plan, like = self._plan(seen.reach), Parcel.pack([k_TGD[:0], v_TGV[:0]])
 
         def start(trip: Round) -> Handle:
             sends = [
@@ -125,14 +141,19 @@ class Fetch:
             receives = [like.incoming(peer, len(at.host)) for peer, at in trip.receives]
             return self.transport.trade(sends, receives)
 
-        coming = [start(trip) for trip in plan.rounds[:1]]
+        coming = [] if arrived else [start(trip) for trip in plan.rounds[:1]]
         yield Arrival(plan.own, k_TGD, v_TGV)
-        for number, trip in enumerate(plan.rounds, start=1):
-            sorted_ = _in_place(trip, like, coming.pop().wait())
-            # What came in parts is gone, and only its copy in order is there.
-            coming = [start(following) for following in plan.rounds[number : number + 1]]
-            yield Arrival(trip.shard, *sorted_.tensors)
-            del sorted_
+        for number, trip in enumerate(plan.rounds):
+            if arrived:
+                parcel = like.of(arrived[number])
+            else:
+                parcel = _in_order(trip, like, coming.pop().wait())
+                # What came in parts is gone, and only its copy in order is there.
+                coming = [start(following) for following in plan.rounds[number + 1 : number + 2]]
+                if into is not None and self._keeps:
+                    into.append(parcel.flat)
+            yield Arrival(trip.shard, *parcel.tensors)
+            del parcel
 
     def _plan(self, reach: Reach) -> Plan:
         """What this rank does, planned once per reach and without a message."""
@@ -189,12 +210,11 @@ def _sorted(index_S: Tensor) -> tuple[Tensor, Tensor]:
     return sorted_S, places_S
 
 
-def _in_place(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:
-    """What came in a round, in the order of its shard."""
+def _in_order(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:
+    """The keys and values of a round in ascending order."""
     if len(received) == 1:
         return like.of(*received)
-    tokens = len(trip.shard.index_S)
-    whole = like.of(like.flat.new_empty(tokens * like.width))
+    whole = like.of(like.flat.new_empty(len(trip.shard.index_S) * like.width))
     for (_, places), flat in zip(trip.receives, received, strict=True):
         at = places.on(flat.device).long()
         for x, part in zip(whole.tensors, like.of(flat).tensors, strict=True):

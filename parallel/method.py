@@ -29,6 +29,7 @@ class Kept:
         lse: Its lse [N, H].
         seen: What was seen.
         shares: The heads of each rank, where ranks have divided them.
+        arrived: What came from other ranks, where it is not to come again.
     """
 
     q: Tensor
@@ -38,11 +39,12 @@ class Kept:
     lse: Tensor
     seen: Seen
     shares: tuple[Share, ...] = ()
+    arrived: tuple[Tensor, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors that a gradient depends on."""
-        return self.q, self.k, self.v, self.out, self.lse, self.seen.sink_H
+        return self.q, self.k, self.v, self.out, self.lse, self.seen.sink_H, *self.arrived
 
     @property
     def rest(self) -> tuple[Seen, tuple[Share, ...]]:
@@ -52,9 +54,9 @@ class Kept:
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...], rest: tuple[Seen, tuple[Share, ...]]) -> Kept:
         """What these two came from."""
-        q, k, v, out, lse, sink_H = tensors
+        q, k, v, out, lse, sink_H, *arrived = tensors
         seen, shares = rest
-        return cls(q, k, v, out, lse, replace(seen, sink_H=sink_H), shares)
+        return cls(q, k, v, out, lse, replace(seen, sink_H=sink_H), shares, tuple(arrived))
 
 
 class Method(Protocol):

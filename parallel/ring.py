@@ -8,7 +8,7 @@ D key dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -30,9 +30,13 @@ class Ring:
         layout: Which tokens each rank owns.
         transport: Between these ranks.
         route: How the shards go round.
+        keeps: Whether a backward has the shards of its forward, and they do not go round again.
     """
 
-    def __init__(self, layout: Layout, transport: Transport, route: Route) -> None:
+    def __init__(
+        self, layout: Layout, transport: Transport, route: Route, *, keeps: bool = False
+    ) -> None:
+        self._keeps = keeps
         self.transport, self.route, self._sizes = transport, route, layout.sizes
         self._index = [layout.index(rank) for rank in range(layout.ranks)]
 
@@ -40,12 +44,15 @@ class Ring:
         self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor, Kept]:
         """Output and lse over all shards."""
-        out_THV, lse_TH = attend_over(q_THD, seen, self._arrivals(seen, k_TGD, v_TGV))
-        return out_THV, lse_TH, Kept(q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen)
+        arrived: list[Tensor] = []
+        arrivals = self._arrivals(seen, k_TGD, v_TGV, into=arrived)
+        out_THV, lse_TH = attend_over(q_THD, seen, arrivals)
+        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
+        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
 
     def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Gradients; the sums of dk and dv go round one step behind the shard they belong to."""
-        arrivals = self._arrivals(kept.seen, kept.k, kept.v)
+        arrivals = self._arrivals(kept.seen, kept.k, kept.v, kept.arrived)
         found = gradients_over(dout_THV, dlse_TH, kept, arrivals)
         _, own = next(found)
         assert own is not None
@@ -72,14 +79,32 @@ class Ring:
             [Outgoing(to, sums.flat)], [sums.incoming(of, self._sizes[shard])]
         )
 
-    def _arrivals(self, seen: Seen, k_TGD: Tensor, v_TGV: Tensor) -> Iterator[Arrival]:
-        """Each shard with its keys and values; the next is on its way. The rank's own is first."""
+    def _arrivals(
+        self,
+        seen: Seen,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        arrived: Sequence[Tensor] = (),
+        into: list[Tensor] | None = None,
+    ) -> Iterator[Arrival]:
+        """Each shard with its keys and values; the next is on its way. The rank's own is first.
+
+        Args:
+            seen: What is seen.
+            k_TGD: The rank's own keys.
+            v_TGV: Its own values.
+            arrived: The others, if they are there already.
+            into: Where to leave them, if they shall be kept.
+        """
         parcel, rank = Parcel.pack([k_TGD, v_TGV]), self.transport.rank
         coming: dict[int, Handle] = {}
         for step, shard in enumerate(self._plan(seen.reach)):
             if step:
-                parcel = parcel.of(*coming.pop(step).wait())
-            for to, of, use in self.route.hops(rank, step):
+                flat = arrived[step - 1] if arrived else coming.pop(step).wait()[0]
+                parcel = parcel.of(flat)
+                if into is not None and self._keeps:
+                    into.append(flat)
+            for to, of, use in () if arrived else self.route.hops(rank, step):
                 tokens = self._sizes[self.route.shards[use][rank]]
                 coming[use] = self.transport.trade(
                     [Outgoing(to, parcel.flat)], [parcel.incoming(of, tokens)]

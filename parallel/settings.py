@@ -27,8 +27,26 @@ class ParallelSettings(Settings):
     expert: int = Field(default=1, ge=1)
     """Ranks that share the experts of a MoE model (EP); divides the data and context ranks."""
 
-    exchange: Literal["ring", "all_gather"] = "all_gather"
-    """How keys and values reach the queries of other context ranks."""
+    exchange: Literal["auto", "all_gather", "ring", "double_ring", "fetch", "ulysses", "two_d"] = (
+        "auto"
+    )
+    """How keys and values meet the queries of other context ranks: all gathered, head by head
+    (all_gather); going round while the ones before are computed (ring), also inside of nodes and
+    between them (double_ring); only those that some query of a rank reaches (fetch); every rank
+    with some heads of all tokens (ulysses), or of those of its node (two_d). auto takes the one
+    that is predicted to be the fastest; `longspan check` says which, and why."""
 
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    """Which tokens a context rank owns: zigzag gives every rank equal causal work."""
+    inner: int | None = Field(default=None, ge=2)
+    """For double_ring and two_d: neighbouring context ranks that share a node."""
+
+    across: Literal["ring", "all_gather"] | None = None
+    """For two_d: how keys and values travel between nodes; ring where left out."""
+
+    keep_keys: bool = False
+    """Keep the other ranks' keys and values from a layer's forward to its backward: they travel
+    once less, and take the memory of a whole sequence."""
+
+    layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
+    """Which tokens a context rank owns. Zigzag gives every rank equal causal work, striped against
+    every other rank's keys as well, whatever the documents; balanced looks at each micro-batch's
+    documents and gives equal work over them, with few of them on several ranks."""

@@ -48,6 +48,7 @@ class Call:
         choosers: Heads that choose blocks for themselves; 0 where nothing is chosen.
         choices: Blocks that each of them chooses for a query.
         learns_lse: Whether the lse has a gradient.
+        keeps: Whether the other ranks' keys and values stay there for the backward.
     """
 
     heads: int
@@ -59,11 +60,17 @@ class Call:
     choosers: int = 0
     choices: int = 0
     learns_lse: bool = False
+    keeps: bool = False
 
     @property
     def numbers(self) -> int:
         """Keys and values of a token, n."""
         return self.groups * (self.dim + self.value_dim)
+
+    @property
+    def again(self) -> int:
+        """Bytes of a number that travels again in the backward."""
+        return 0 if self.keeps else self.wire
 
     def chosen(self, share: Share) -> int:
         """Bytes of the choices of a token that some heads need; block numbers are int32."""
@@ -119,7 +126,7 @@ def volume_of_all_gather(sizes: Sequence[int], call: Call) -> Volume:
         call: What travels.
     """
     rows = (len(sizes) - 1) * max(sizes) * call.numbers
-    return Volume(rows * call.wire, rows * (call.wire + call.accumulator))
+    return Volume(rows * call.wire, rows * (call.again + call.accumulator))
 
 
 def volume_of_ring(sizes: Sequence[int], rank: int, call: Call, *, inner: int = 1) -> Volume:
@@ -143,8 +150,9 @@ def volume_of_ring(sizes: Sequence[int], rank: int, call: Call, *, inner: int = 
     at_place = sizes[place::inner]
     within = sum(sizes) - sum(sizes[(place + 1) % inner :: inner])
     across = sum(at_place) - at_place[(node + 1) % nodes]
-    there = (within + across) * call.numbers * call.wire
-    return Volume(there, there + sum(sizes) * call.numbers * call.accumulator)
+    there = (within + across) * call.numbers
+    home = sum(sizes) * call.numbers * call.accumulator
+    return Volume(there * call.wire, there * call.again + home)
 
 
 def volume_of_fetch(needs: Sequence[Sequence[int]], rank: int, call: Call) -> Volume:
@@ -160,8 +168,8 @@ def volume_of_fetch(needs: Sequence[Sequence[int]], rank: int, call: Call) -> Vo
     """
     sent = sum(row[rank] for reader, row in enumerate(needs) if reader != rank)
     received = sum(tokens for owner, tokens in enumerate(needs[rank]) if owner != rank)
-    there = sent * call.numbers * call.wire
-    return Volume(there, there + received * call.numbers * call.accumulator)
+    there, back = sent * call.numbers, received * call.numbers
+    return Volume(there * call.wire, there * call.again + back * call.accumulator)
 
 
 def volume_of_ulysses(sizes: Sequence[int], rank: int, call: Call) -> Volume:

@@ -160,10 +160,15 @@ def _unused_context(recipe: Recipe) -> Iterator[Problem]:
     for index, stage in enumerate(recipe.stages):
         for name, field in type(stage.parallel).model_fields.items():
             value = getattr(stage.parallel, name)
-            if name in ("exchange", "layout") and value != field.default:
+            if (
+                name in ("exchange", "inner", "across", "keep_keys", "layout")
+                and value != field.default
+            ):
                 path = f"stages.{index}.parallel.{name}"
                 expected = "no such setting: with context 1 in every stage it has no effect"
-                yield Problem(path, value, expected, "set context, or remove the setting")
+                yield Problem(
+                    path, str(value).lower(), expected, "set context, or remove the setting"
+                )
 
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""The rules that one stage obeys: its layout divides the model, its batch and its sequences."""
+"""The rules that one stage obeys: its layout divides the model, its experts and its batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..parallel.settings import ParallelSettings
 from ..trainer.plan import model_ranks
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
 from .check_attention import check_attention
+from .check_exchange import check_exchange
 from .check_rope import check_rope
 from .fixes import around, divisors, either
 from .recipe import Recipe
@@ -26,6 +27,7 @@ def check_stage(recipe: Recipe, stage: StageSettings, index: int, ranks: int) ->
     """
     at = f"stages.{index}"
     yield from _check_tensor(recipe.model, stage.parallel, f"{at}.parallel")
+    yield from check_exchange(recipe.model, stage.parallel, f"{at}.parallel")
     yield from _check_experts(recipe.model, stage, f"{at}.parallel", ranks)
     yield from check_rope(recipe.model, stage, f"{at}.rope")
     yield from check_attention(recipe.model, stage, at)
@@ -97,18 +99,11 @@ def _check_optimizer(optimizer: OptimizerSettings, at: str) -> Iterator[Problem]
 
 
 def _check_length(stage: StageSettings, at: str) -> Iterator[Problem]:
-    parallel = stage.parallel
-    chunks = parallel.context
-    reasons = [f"the chunks of {parallel.layout} over context {parallel.context}"]
-    unit = chunks
-    if parallel.sequence and parallel.tensor > 1:
-        reasons = [*(reasons if chunks > 1 else []), "sequence parallelism over tensor ranks"]
-        unit = math.lcm(chunks, parallel.context * parallel.tensor)
-    if stage.length % unit:
-        expected = f"a multiple of {unit} ({' and '.join(reasons)})"
-        yield Problem(
-            f"{at}.length", str(stage.length), expected, around("length", stage.length, unit)
-        )
+    context = stage.parallel.context
+    if stage.length < context:
+        expected = f"at least {context}: every one of the context ranks needs a token"
+        fix = f"length: {context}, or parallel.context: {stage.length} at most"
+        yield Problem(f"{at}.length", str(stage.length), expected, fix)
 
 
 def _check_batch(stage: StageSettings, at: str, ranks: int) -> Iterator[Problem]:

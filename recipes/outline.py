@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ..attention.catalogue import words
 from ..trainer.data.settings import LocalTokenizer
+from ..trainer.exchange_choice import choose_exchange
 from ..trainer.parameters import attention_parameters, count_parameters
 from ..trainer.plan import plan_stage
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
@@ -74,8 +75,7 @@ def _ranks(checked: CheckedRecipe) -> str:
 def _stages(checked: CheckedRecipe) -> Table:
     """One column per stage."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    model = checked.recipe.model
-    columns = [_column(model, stage, checked.ranks) for stage in checked.recipe.stages]
+    columns = [_column(checked, stage) for stage in checked.recipe.stages]
     for heading in ("", *(stage.name for stage in checked.recipe.stages)):
         table.add_column(heading, overflow="fold")
     for name in columns[0]:
@@ -83,11 +83,10 @@ def _stages(checked: CheckedRecipe) -> Table:
     return table
 
 
-def _column(model: ModelSettings, stage: StageSettings, ranks: int) -> dict[str, str]:
-    plan, parallel = plan_stage(stage, ranks), stage.parallel
+def _column(checked: CheckedRecipe, stage: StageSettings) -> dict[str, str]:
+    plan, model = plan_stage(stage, checked.ranks), checked.recipe.model
     tokens = stage.batch_tokens
     added = attention_parameters(model, stage.attention)
-    exchanged = f"{parallel.exchange}, {parallel.layout}" if parallel.context > 1 else "-"
     return {
         "length": exact(stage.length),
         "tokens": rough(plan.steps * tokens),
@@ -100,7 +99,7 @@ def _column(model: ModelSettings, stage: StageSettings, ranks: int) -> dict[str,
         "RoPE": stage.rope.words,
         "learning rate": _rate(stage.optimizer),
         "layout": _layout(stage, plan.data),
-        "exchange": exchanged,
+        "exchange": _exchange(checked, stage),
     }
 
 
@@ -114,6 +113,23 @@ def _rate(optimizer: OptimizerSettings) -> str:
     if optimizer.schedule == "constant":
         return f"{optimizer.lr:g} constant"
     return f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.schedule}"
+
+
+def _exchange(checked: CheckedRecipe, stage: StageSettings) -> str:
+    """How keys meet queries of other context ranks, and where that was chosen, why."""
+    if stage.parallel.context == 1:
+        return "-"
+    machine, wire = checked.machine, 2 if checked.recipe.precision == "bf16" else 4
+    choice = choose_exchange(
+        checked.recipe.model,
+        stage,
+        node=machine.local or machine.gpus or checked.ranks,
+        gpu=machine.gpus > 0,
+        wire=wire,
+    )
+    nodes = f" over {choice.inner}" if choice.inner > 1 else ""
+    reason = f" (auto: {choice.reason})" if choice.reason else ""
+    return f"{choice.kind}{nodes}, {stage.parallel.layout}{reason}"
 
 
 def _layout(stage: StageSettings, data: int) -> str:

@@ -20,7 +20,13 @@ if not torch.cuda.is_available():
     # Settled when Triton is first imported, which any test file may do.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from support import grid
 from support.world import World
+
+
+def pytest_report_header():
+    """Which cases of the grids are drawn."""
+    return f"grids: {grid.NAME}={grid.DRAW} (full: all cases)"
 
 
 @pytest.fixture(scope="session")

@@ -41,14 +41,13 @@ def context_proof(engine: Engine, samples: Sequence[Sample], visible: int) -> di
     buckets_B2 = torch.zeros(len(edges) - 1, 2, dtype=torch.float64, device=engine.device)
     documents_N4 = torch.zeros(len(samples), 4, dtype=torch.float64, device=engine.device)
     starts = torch.tensor(edges[1:-1], device=engine.device)
-    index_T = engine.builder(length).index_T.to(engine.device)
-    bucket_T = torch.bucketize(index_T, starts, right=True)
     for sample, number in shares(engine, samples):
         pairs = [_losses_and_weights(engine, sample)]
         pairs += [_losses_and_weights(engine, cut) for cut in cut_contexts(sample, visible)]
         if not engine.reporting or number < 0:
             continue
-        full_T2 = pairs[0]
+        full_T2, index_T = pairs[0], engine.place(sample).index_T.to(engine.device)
+        bucket_T = torch.bucketize(index_T, starts, right=True)
         buckets_B2.index_add_(0, bucket_T, full_T2)
         documents_N4[number, :2] += full_T2[index_T >= visible].sum(0)
         documents_N4[number, 2:] += torch.cat(pairs[1:]).sum(0)

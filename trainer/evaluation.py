@@ -40,4 +40,4 @@ def shares(engine: Engine, samples: Sequence[Sample]) -> list[tuple[Sample, int]
 
 def local_part(engine: Engine, sample: Sample, values_T: torch.Tensor) -> torch.Tensor:
     """The part of a sample's values that belongs to this context rank."""
-    return values_T[engine.builder(len(values_T)).index_T].to(engine.device)
+    return values_T[engine.place(sample).index_T].to(engine.device)

@@ -9,7 +9,7 @@ import torch
 from longspan.attention.catalogue import ENTRIES
 from longspan.attention.cost import Cost, attention_cost
 from longspan.attention.layer_settings import AttentionSettings
-from longspan.attention.pairs import budget, dense, visible_pairs, windows_seen
+from longspan.attention.pairs import budget, dense, prefix_pairs, visible_pairs, windows_seen
 from longspan.attention.parameters import LayerShape
 from longspan.parallel.exchange import Exchange, Local
 from support.mechanisms import context, inputs, make, site
@@ -115,6 +115,18 @@ def test_closed_forms(tokens):
         starts = range(0, tokens - length + 1, stride)
         seen = sum(t >= start + length for start in starts for t in range(1, tokens + 1))
         assert windows_seen(tokens, length, stride) == seen
+
+
+@pytest.mark.parametrize("raw", MECHANISMS, ids=str)
+def test_longer_prefixes_have_no_fewer_pairs(raw):
+    count = prefix_pairs([settings_of(raw)], 4, 2)
+    pairs = [count(tokens) for tokens in range(80)]
+    assert pairs[0] == 0 and all(one <= other for one, other in pairwise(pairs))
+
+
+def test_prefixes_are_counted_over_all_layers():
+    kinds = [settings_of(raw) for raw in (NSA, {"kind": "dense"}, NSA)]
+    assert prefix_pairs(kinds, 4, 2)(50) == sum(visible_pairs(x, 50, 4, 2) for x in kinds) / 4
 
 
 @pytest.mark.parametrize("raw", MECHANISMS, ids=str)

@@ -18,6 +18,11 @@ EXCHANGES = {
     "two_d_ring": {"kind": "two_d", "inner": 2, "across": "ring"},
     "two_d_all_gather": {"kind": "two_d", "inner": 2, "across": "all_gather"},
 }
+KEEPING = {
+    f"{name}_keeps": {"kind": name, **how, "keeps": True}
+    for name, how in EXCHANGES.items()
+    if name != "ulysses"
+}
 
 
 def whole_tensors(dtype=torch.float64, length=LENGTH):
@@ -31,7 +36,7 @@ def whole_tensors(dtype=torch.float64, length=LENGTH):
 
 def exchange_of(name, layout, transport):
     """The exchange of `EXCHANGES`; a node holds no more ranks than there are."""
-    how = dict(EXCHANGES[name])
+    how = dict((EXCHANGES | KEEPING)[name])
     how["inner"] = min(how.get("inner", 1), layout.ranks)
     return make_exchange(how.pop("kind", name), layout, transport, **how)
 

@@ -19,9 +19,9 @@ def other_way_round(self):
     return [own, *reversed(others)]
 
 
-def keys_one_later(self, layout, transport, route):
+def keys_one_later(self, layout, transport, route, **how):
     """Keys are taken for their successors."""
-    INIT(self, layout, transport, route)
+    INIT(self, layout, transport, route, **how)
     self._index = [index_S + 1 for index_S in self._index]
 
 

@@ -1,6 +1,5 @@
 """Exchanges over random documents, owners and choices, against one rank."""
 
-import os
 from itertools import pairwise, product
 from random import Random
 
@@ -12,10 +11,10 @@ from longspan.kernels.reach import Reach
 from longspan.parallel.exchange import Exchange, Local
 from longspan.parallel.layout import Layout, make_layout
 from longspan.parallel.simulation import simulate
-from longspan.tests.parallel.ranks import EXCHANGES, SCALE, exchange_of
+from longspan.tests.parallel.ranks import EXCHANGES, KEEPING, SCALE, exchange_of
+from support.grid import sample
 
 HEADS, GROUPS, DIM, VALUE_DIM = 8, 2, 6, 4
-FULL = os.environ.get("LONGSPAN_TEST_GRID") == "full"
 
 
 def packing(random, kind, ranks):
@@ -60,12 +59,16 @@ def attend(exchange, index, given, reach, blocks):
     return [out.detach(), lse.detach(), *grads]
 
 
-def check(name, ranks, layout_kind, packing_kind, window, choosers, seed):
+def check(
+    name, ranks, layout_kind, packing_kind, window, choosers, seed,
+    heads=HEADS, groups=GROUPS, dim=DIM, value_dim=VALUE_DIM,
+):  # fmt: skip
+    """Compares output, lse and gradients of all ranks with those of one."""
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     cu = packing(random, packing_kind, ranks)
     length = cu[-1]
-    shapes = [(length, HEADS, DIM), (length, GROUPS, DIM), (length, GROUPS, VALUE_DIM), (HEADS,),
-              (length, HEADS, VALUE_DIM), (length, HEADS)]  # fmt: skip
+    shapes = [(length, heads, dim), (length, groups, dim), (length, groups, value_dim), (heads,),
+              (length, heads, value_dim), (length, heads)]  # fmt: skip
     given = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
     if seed % 2:
         given[3] = None
@@ -103,13 +106,21 @@ GRID = list(
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("name", [*EXCHANGES, *KEEPING])
 def test_any_documents_of_any_owners_are_those_of_one_rank_in_fp64(name, ranks):
     cases = [(*case, seed) for seed, case in enumerate(GRID)]
-    if not FULL:
-        cases = Random(f"{name} {ranks}").sample(cases, 8)
-    for case in cases:
+    for case in sample(f"{name} {ranks}", cases, 8):
         check(name, ranks, *case)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 3)])
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_latent_attention_and_uneven_heads(name, heads):
+    """Keys of 192 and values of 128 numbers (MLA), and heads that ranks cannot share evenly."""
+    heads, groups = heads
+    shape = {"heads": heads, "groups": groups, "dim": 192, "value_dim": 128}
+    for choosers in (None, groups, heads):
+        check(name, 4, "zigzag", "random", None, choosers, 1, **shape)
 
 
 @pytest.mark.parametrize("name", EXCHANGES)

@@ -76,20 +76,16 @@ CASES = {
         "stages.1.parallel.expert",
         "data x context ranks (2)",
     ),
-    "zigzag chunks": (
-        [stage("length=4094"), stage("batch_tokens=16376")],
-        "stages.1.length",
-        "length: 4092 or 4096",
-    ),
-    "sequence parallelism": (
+    "a context rank without a token": (
         [
             "ranks=4",
-            stage("parallel={tensor: 2, sequence: true, context: 2, layout: contiguous}"),
-            stage("length=4098"),
-            stage("batch_tokens=16392"),
+            stage("length=3"),
+            stage("batch_tokens=3072"),
+            stage("parallel.context=4"),
+            "evaluation.documents=0",
         ],
         "stages.1.length",
-        "a multiple of 4",
+        "at least 4: every one of the context ranks needs a token; length: 4, or",
     ),
     "batch and length": (
         [stage("batch_tokens=10000")],
@@ -135,7 +131,7 @@ CASES = {
         "no effect",
     ),
     "unused layout": (
-        ["defaults.parallel.layout=contiguous", stage("parallel.context=1")],
+        ["defaults.parallel.layout=balanced", stage("parallel.context=1")],
         "defaults.parallel.layout",
         "no effect",
     ),
@@ -255,8 +251,10 @@ def test_rule(overrides, path, part):
         ["ranks=null"],
         ["ranks=4"],
         ["stages.0.parallel.tensor=2"],
-        ["stages.1.parallel.layout=contiguous", "stages.1.length=4098", "evaluation.documents=0",
-         "stages.1.batch_tokens=16392"],
+        ["stages.1.parallel.layout=striped", "stages.1.length=4097", "evaluation.documents=0",
+         "stages.1.batch_tokens=16388"],
+        ["ranks=4", "stages.1.parallel={tensor: 2, sequence: true, context: 2, layout: balanced}",
+         "stages.1.length=4099", "stages.1.batch_tokens=16396"],
         [MOE, "stages.1.parallel.expert=2"],
         [MOE, "stages.0.parallel={tensor: 2, sequence: true}"],
         ["evaluation={documents: 0, visible: 4K}"],

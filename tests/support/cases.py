@@ -14,7 +14,11 @@ from support.tiny import SEQUENCES, VOCAB, random_sample
 def batches(engine: Engine, step: int, sequences: int = SEQUENCES) -> list[Any]:
     """This data rank's micro-batches of a step."""
     width, data = engine.stage.micro_batch, engine.groups.dp.size()
-    samples = [random_sample(1000 * step + number) for number in range(sequences)]
+    length = engine.stage.length
+    documents = min(3, length // 3)
+    samples = [
+        random_sample(1000 * step + number, length, documents) for number in range(sequences)
+    ]
     groups = [join(samples[i : i + width]) for i in range(0, sequences, width)]
     return groups[engine.data_rank :: data]
 

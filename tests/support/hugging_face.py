@@ -128,7 +128,7 @@ def train_and_save(engine: Any, steps: int, lr: float, out: Path) -> None:
 def our_logits(engine: Any, tokens_T: torch.Tensor) -> torch.Tensor:
     """Logits [T, vocabulary] of one rank."""
     with torch.no_grad():
-        return engine.model.logits(engine.builder(len(tokens_T))(as_sample(tokens_T)))
+        return engine.model.logits(engine.build(as_sample(tokens_T)))
 
 
 def logits_of(folder: Path) -> torch.Tensor:

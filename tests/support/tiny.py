@@ -11,7 +11,7 @@ SEQUENCES = 4
 VOCAB = 97
 
 
-def tiny_run(**changes: Any) -> RunSettings:
+def tiny_run(length: int = LENGTH, **changes: Any) -> RunSettings:
     """Settings of a 4-layer model; `changes` are merged over them (dotted keys allowed)."""
     raw: dict[str, Any] = {
         "seed": 5,
@@ -28,9 +28,9 @@ def tiny_run(**changes: Any) -> RunSettings:
         "stages": [
             {
                 "name": "tiny",
-                "length": LENGTH,
-                "tokens": LENGTH * SEQUENCES * 4,
-                "batch_tokens": LENGTH * SEQUENCES,
+                "length": length,
+                "tokens": length * SEQUENCES * 4,
+                "batch_tokens": length * SEQUENCES,
                 "data": {"sources": [{"kind": "python-stdlib"}]},
                 # A large eps: Adam turns rounding noise in near-zero gradients into full steps.
                 "optimizer": {"lr": 1e-2, "schedule": "constant", "warmup": 0, "eps": 1e-4},

@@ -115,11 +115,10 @@ def _engine(hf: HfModel, weights: Weights) -> Logits:
         count = len(tokens_T)
         bounds = torch.tensor([0, count], dtype=torch.int32)
         sample = Sample(tokens_T, torch.zeros_like(tokens_T), torch.ones(count), bounds)
-        builder = engine.builder(count)
         # transformers picks LongRoPE's and dynamic NTK's by the text.
-        builder.rope = replace(builder.rope, length=count)
+        engine.build.rope = replace(engine.build.rope, length=count)
         with torch.no_grad():
-            return engine.model.logits(builder(sample)).cpu()
+            return engine.model.logits(engine.build(sample)).cpu()
 
     return logits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,21 +19,22 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ...attention.layer_settings import auxiliary_losses
 from ...attention.notes import Notes
+from ...attention.pairs import prefix_pairs
 from ...attention.probe import Probe
 from ...attention.rope import Rope
-from ...parallel.exchange import make_exchange
-from ...parallel.layout import make_layout
 from ...parallel.traffic import CountedTransport, Traffic
 from ...parallel.transport import DistributedTransport
 from ..data.samples import Sample
+from ..exchange_choice import ExchangeChoice, choose_exchange
 from ..flops import peak_flops
-from ..parameters import count_parameters
+from ..parameters import count_parameters, layer_shape
 from ..platform import device
 from ..settings import RunSettings, StageSettings
 from .groups import build_groups, is_reporting_rank, seed_step
 from .microbatch import BatchBuilder, MicroBatch
 from .model import LongModel, Weights
 from .optimizer import Optimizer, StepSums
+from .place import Place, Places
 
 
 class Engine:
@@ -65,7 +67,8 @@ class Engine:
         self.reporting = is_reporting_rank(self.groups)
         self.tokens_per_batch = stage.length * stage.micro_batch
         self.traffic = Traffic()
-        self._builders: dict[int, BatchBuilder] = {}
+        self.choice = self._choose()
+        self.build = self._builder()
         self.chunk: Any = self.model
         self.optimizer: Optimizer | None = None
         if train:
@@ -100,21 +103,9 @@ class Engine:
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         return None if peak is None else peak * dist.get_world_size()
 
-    def builder(self, tokens: int) -> BatchBuilder:
-        """The builder of micro-batches of `tokens` tokens."""
-        if tokens not in self._builders:
-            parallel, group = self.stage.parallel, self.groups.cp
-            layout = make_layout(parallel.layout, tokens, parallel.context)
-            transport = CountedTransport(DistributedTransport(group), self.traffic)
-            self._builders[tokens] = BatchBuilder(
-                layout,
-                group.rank(),
-                make_exchange(parallel.exchange, layout, transport),
-                Rope(self.stage.rope, self.stage.length),
-                self.device,
-                (self.run.seed, self.stage.name),
-            )
-        return self._builders[tokens]
+    def place(self, sample: Sample) -> Place:
+        """Which of a sample's tokens this context rank has."""
+        return self.build.places.of(sample.cu_seqlens)
 
     def train_step(
         self,
@@ -137,9 +128,9 @@ class Engine:
         seed_step(self.groups, *key)
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        build, notes = self.builder(self.tokens_per_batch), Notes()
+        notes = Notes()
         batches = (
-            replace(build(sample, notes), probe=None if number else probe)
+            replace(self.build(sample, notes), probe=None if number else probe)
             for number, sample in enumerate(samples)
         )
         if self.stage.trainable == "selection":
@@ -185,13 +176,35 @@ class Engine:
 
         Returns None on ranks before the last pipeline rank.
         """
-        build = self.builder(int(sample.cu_seqlens[-1]))
+        batch = self.build(sample)
         self.chunk.eval()
         reports = self._forward_backward(
-            iter([build(sample)]), 1, forward_only=True, tokens=build.layout.length
+            iter([batch]), 1, forward_only=True, tokens=len(sample.tokens_T)
         )
         self.chunk.train()
-        return reports[0][2] if reports else None
+        return reports[0][2][: batch.tokens] if reports else None
+
+    def _choose(self) -> ExchangeChoice:
+        """The exchange of the context ranks, the same one on all of them."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        smallest = torch.tensor(local, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        gpu, wire = self.device.type == "cuda", self.config.params_dtype.itemsize
+        return choose_exchange(self.run.model, self.stage, node=int(smallest), gpu=gpu, wire=wire)
+
+    def _builder(self) -> BatchBuilder:
+        """What makes this rank's micro-batches."""
+        run, stage, group = self.run, self.stage, self.groups.cp
+        mechanisms, shape = stage.attention.mechanisms(run.model.layers), layer_shape(run.model)
+        places = Places(
+            stage.parallel,
+            self.choice,
+            group.rank(),
+            CountedTransport(DistributedTransport(group), self.traffic),
+            prefix_pairs(mechanisms, shape.heads, shape.groups),
+        )
+        rope = Rope(stage.rope, stage.length)
+        return BatchBuilder(places, rope, self.device, (run.seed, stage.name))
 
     def _forward_backward(
         self,
@@ -202,12 +215,14 @@ class Engine:
         tokens: int | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Run megatron's schedule; loss sum, weight sum and losses per micro-batch (last stage)."""
+        rows = self.build.places.rows(tokens or self.tokens_per_batch)
         return get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=batches,
             model=[self.chunk],
             num_microbatches=count,
-            seq_length=tokens or self.tokens_per_batch,
+            # Divided by the context ranks, it is the rows of each one's buffers.
+            seq_length=rows * self.stage.parallel.context,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -245,6 +260,6 @@ def _report(
 
     megatron adds up token counts as int32.
     """
-    loss, losses_T = output
-    tokens = batch.weights_T.sum()
-    return loss, tokens.to(torch.int32), (loss.detach(), tokens, losses_T)
+    loss, losses_R = output
+    tokens = batch.weights_R.sum()
+    return loss, tokens.to(torch.int32), (loss.detach(), tokens, losses_R)

@@ -81,7 +81,7 @@ class Decoder:
             qkv_format="thd",
             attention=context,
             nope_layers=rope.settings.nope_layers,
-            tokens_T=tokens_T.to(device),
+            tokens_R=tokens_T.to(device),
             cache=self._cache,
         )
 

@@ -188,7 +188,9 @@ def mend_router() -> None:
     utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(utils, "te_general_gemm"):
         utils.__dict__["te_general_gemm"] = None
-    router = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
+    module = importlib.import_module("megatron.core.transformer.moe.router")
+    _mend_token_count(module)
+    router = module.TopKRouter
     require(router, "attach_and_log_load_balancing_loss")
     original = router.attach_and_log_load_balancing_loss
     # 0.19 has mended it the same way.
@@ -204,6 +206,28 @@ def mend_router() -> None:
         return original(*bound.args, **bound.kwargs)
 
     router.attach_and_log_load_balancing_loss = attach
+
+
+def _mend_token_count(module: types.ModuleType) -> None:
+    """Where rows are spare, give every rank the tokens of the group's mean rank.
+
+    A rank's part of the load-balancing loss is multiplied by them and by the ranks of the group.
+    megatron takes a sum over the group for the rank's own tokens, as it sums in place; and with
+    its own ones, a part would count by how many tokens the rank has.
+    """
+    name = "get_tokens_per_expert_and_token_count"
+    require(module, name)
+    original = getattr(module, name)
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def count(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any, Any]:
+        of_experts, _, tokens = original(*args, **kwargs)
+        group = inspect.signature(original).bind(*args, **kwargs).arguments["reduce_group"]
+        return of_experts, tokens / group.size(), tokens
+
+    module.__dict__[name] = count
 
 
 def mend_optimizer() -> None:

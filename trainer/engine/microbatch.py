@@ -1,6 +1,7 @@
 """One micro-batch of this rank: its tokens, and the context that its layers attend in.
 
-Shapes: T tokens of this context rank.
+Shapes: S tokens of the micro-batch, T of them this context rank's, R rows of its buffers: its
+tokens, and spare ones after them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...attention.context import Context
@@ -17,11 +19,10 @@ from ...attention.notes import Notes
 from ...attention.probe import Probe
 from ...attention.rope import Rope
 from ...kernels.blocks import Blocks
-from ...parallel.exchange import Exchange
-from ...parallel.layout import Layout
 from ..data.samples import Sample
 from .initialize import stable_seed
 from .key_cache import KeyCache
+from .place import Places
 
 
 @dataclass
@@ -30,9 +31,14 @@ class MicroBatch(PackedSeqParams):
 
     attention: Context = None  # type: ignore[assignment]
     nope_layers: tuple[int, ...] = ()
-    tokens_T: torch.Tensor = None  # type: ignore[assignment]
-    labels_T: torch.Tensor = None  # type: ignore[assignment]
-    weights_T: torch.Tensor = None  # type: ignore[assignment]
+    tokens_R: torch.Tensor = None  # type: ignore[assignment]
+    labels_R: torch.Tensor = None  # type: ignore[assignment]
+    weights_R: torch.Tensor = None  # type: ignore[assignment]
+    """Of spare rows tokens, labels and weights are 0."""
+
+    spare_1R: torch.Tensor | None = None
+    """Which rows are spare; None if no context rank has any."""
+
     kept: dict[int, dict[str, Blocks]] = field(default_factory=dict)
     """Per layer what it chose in its first pass, until its second."""
 
@@ -41,6 +47,11 @@ class MicroBatch(PackedSeqParams):
 
     probe: Probe | None = None
     """Measures what layers look at, in the pass that learns."""
+
+    @property
+    def tokens(self) -> int:
+        """This context rank's tokens: the first rows."""
+        return len(self.attention.positions_T)
 
     def context(self, layer: int, *, training: bool, learns: bool, twice: bool) -> Context:
         """What a layer attends in.
@@ -64,12 +75,10 @@ class MicroBatch(PackedSeqParams):
 
 
 class BatchBuilder:
-    """Cuts a sample to this context rank's tokens; positions, labels and reach by the layout.
+    """Cuts samples to this context rank's tokens; positions, labels and reach by the layout.
 
     Args:
-        layout: Of the micro-batch's tokens.
-        rank: This context rank.
-        exchange: Attention over the context ranks.
+        places: Which tokens are this rank's.
         rope: Of the stage; a micro-batch may hold several sequences, and an evaluation a shorter
             one.
         device: Where the tokens go.
@@ -77,48 +86,46 @@ class BatchBuilder:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        rank: int,
-        exchange: Exchange,
-        rope: Rope,
-        device: torch.device,
-        seed: tuple[object, ...],
+        self, places: Places, rope: Rope, device: torch.device, seed: tuple[object, ...]
     ) -> None:
-        self.layout = layout
-        self.index_T = layout.index(rank)
-        self.exchange = exchange
+        self.places = places
         self.rope, self.device, self.seed = rope, device, seed
 
     def __call__(self, sample: Sample, notes: Notes | None = None) -> MicroBatch:
         """The rank's part of `sample`; what its layers note is added to `notes`."""
-        index_T = self.index_T
+        place = self.places.of(sample.cu_seqlens)
+        index_T, rows = place.index_T, place.rows
+        tokens = len(index_T)
         lengths = sample.cu_seqlens.diff().long()
         starts_T = torch.repeat_interleave(sample.cu_seqlens[:-1].long(), lengths)
-        positions_T = (torch.arange(self.layout.length) - starts_T)[index_T]
-        positions_T = positions_T.to(self.device)
+        positions_T = (torch.arange(place.layout.length) - starts_T)[index_T].to(self.device)
 
-        def local(values_T: torch.Tensor) -> torch.Tensor:
-            return values_T[index_T].to(self.device, non_blocking=True)
+        def local(values_S: torch.Tensor) -> torch.Tensor:
+            own_R = F.pad(values_S[index_T], (0, rows - tokens))
+            return own_R.to(self.device, non_blocking=True)
 
-        weights_T = local(sample.weights_T)
+        weights_R = local(sample.weights_T)
         context = Context(
-            cp=self.exchange,
-            documents=Documents(sample.cu_seqlens, None if self.layout.ranks == 1 else index_T),
+            cp=place.exchange,
+            documents=Documents(sample.cu_seqlens, None if place.layout.ranks == 1 else index_T),
             rope=self.rope,
             positions_T=positions_T,
             positions_S=positions_T,
-            weights_T=weights_T,
+            weights_T=weights_R[:tokens],
             notes=notes or Notes(),
             draw=partial(_draw, *self.seed, sample.number),
         )
+        spare_1R = None
+        if place.spare:
+            spare_1R = (torch.arange(rows) >= tokens)[None].to(self.device, non_blocking=True)
         return MicroBatch(
             qkv_format="thd",
             attention=context,
             nope_layers=self.rope.settings.nope_layers,
-            tokens_T=local(sample.tokens_T),
-            labels_T=local(sample.labels_T),
-            weights_T=weights_T,
+            tokens_R=local(sample.tokens_T),
+            labels_R=local(sample.labels_T),
+            weights_R=weights_R,
+            spare_1R=spare_1R,
         )
 
 

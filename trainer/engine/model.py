@@ -1,6 +1,7 @@
 """Megatron's GPTModel from our own layer spec: our attention, norm, positions and loss.
 
-Shapes: T tokens of this context rank (S of them local under sequence parallelism), E hidden width.
+Shapes: R rows of this context rank, the first T of them its tokens (S of the rows local under
+sequence parallelism), E hidden width.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class LongModel(GPTModel):
 
         Returns:
             Before the last pipeline rank the hidden states [S, 1, E]; on it the weighted sum of
-            the losses and the losses [T] of this context rank's tokens.
+            the losses and the losses [R] of this context rank's rows.
         """
         hidden = self._hidden(batch)
         if not self.post_process:
@@ -217,8 +218,8 @@ class LongModel(GPTModel):
         return linear_cross_entropy(
             self._gathered(hidden)[:, 0],
             weight_VE,
-            batch.labels_T,
-            batch.weights_T,
+            batch.labels_R,
+            batch.weights_R,
             first=rows * rank,
             valid=max(0, min(rows, self.real_vocab - rows * rank)),
             group=self.pg_collection.tp,
@@ -227,14 +228,26 @@ class LongModel(GPTModel):
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Logits [T, vocabulary] of this context rank's tokens; for evaluation and tests."""
         hidden = self._hidden(batch)
-        part = self._gathered(hidden)[:, 0] @ self._output_weight().T
+        part = self._gathered(hidden)[: batch.tokens, 0] @ self._output_weight().T
         return gather_from_tensor_model_parallel_region(part)[:, : self.real_vocab]
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         embedded = None
         if self.pre_process:
-            embedded = self.embedding(input_ids=batch.tokens_T[None], position_ids=None)
-        return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=batch)
+            embedded = self.embedding(input_ids=batch.tokens_R[None], position_ids=None)
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            packed_seq_params=batch,
+            padding_mask=self._spare(batch),
+        )
+
+    def _spare(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Which of this rank's rows [1, S] are spare, for the router of experts."""
+        spare_1R, group = batch.spare_1R, self.pg_collection.tp
+        if spare_1R is None or not self.config.sequence_parallel:
+            return spare_1R
+        return spare_1R.chunk(group.size(), dim=1)[group.rank()]
 
     def _output_weight(self) -> torch.Tensor:
         if self.share_embeddings_and_output_weights:

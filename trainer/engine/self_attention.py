@@ -1,7 +1,7 @@
 """The adaptor that puts a mechanism in the place of megatron's self-attention.
 
-Shapes: T tokens (S of them local under sequence parallelism), E hidden width, H query heads and
-G key-value heads of this tensor rank, D head width.
+Shapes: R rows (S of them local under sequence parallelism), the first T of them tokens, E hidden
+width, H query heads and G key-value heads of this tensor rank, D head width, O = H * D.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -113,16 +114,16 @@ class SelfAttention(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """Attention output [S, 1, E] of the normalised layer input [S, 1, E], and no bias."""
         qkv, _bias = self.linear_qkv(hidden_states)
-        tokens, width = qkv.shape[0], self.head_width
-        qkv_TGXD = qkv.view(tokens, -1, self.heads_per_group + 2, width)
-        q_THD = qkv_TGXD[:, :, :-2].reshape(tokens, -1, width)
+        layer, batch = self.layer_number - 1, packed_seq_params
+        rows, tokens, width = qkv.shape[0], batch.tokens, self.head_width
+        qkv_TGXD = qkv.view(rows, -1, self.heads_per_group + 2, width)[:tokens]
+        q_THD = qkv_TGXD[:, :, :-2].flatten(1, 2)
         k_TGD, v_TGD = qkv_TGXD[:, :, -2], qkv_TGXD[:, :, -1]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q_THD, k_TGD = self.q_layernorm(q_THD), self.k_layernorm(k_TGD)
         hidden_TE = None
         if self.attention.needs_hidden:
-            hidden_TE = self._gathered(hidden_states)[:, 0]
-        layer, batch = self.layer_number - 1, packed_seq_params
+            hidden_TE = self._gathered(hidden_states)[:tokens, 0]
         if batch.cache is not None:
             k_TGD, v_TGD, hidden_TE = batch.cache.extend(layer, k_TGD, v_TGD, hidden_TE)
         twice = self.training and self.config.recompute_granularity == "full"
@@ -134,7 +135,10 @@ class SelfAttention(MegatronModule):
             twice=twice and not self.frozen,
         )
         out_THD = self.attention(hidden_TE, q_THD, k_TGD, v_TGD, ctx)
-        return self.linear_proj(out_THD.reshape(tokens, 1, -1))
+        out_RO = out_THD.flatten(1)
+        if rows > tokens:
+            out_RO = F.pad(out_RO, (0, 0, 0, rows - tokens))
+        return self.linear_proj(out_RO[:, None])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

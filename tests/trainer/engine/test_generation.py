@@ -16,7 +16,7 @@ def at_once(engine, tokens):
     sample = Sample(tokens, tokens, torch.ones(length), torch.tensor([0, length]))
     engine.model.eval()
     with torch.no_grad():
-        return engine.model.logits(engine.builder(length)(sample))
+        return engine.model.logits(engine.build(sample))
 
 
 def read_and_continue(attention, tensor=1):

@@ -1,8 +1,12 @@
 """Every parallel layout computes what one rank computes: losses and gradient norms of 4 steps."""
 
 import pytest
+import torch
+from longspan.trainer.engine.engine import Engine
+from longspan.trainer.evaluation import local_part
 from support.cases import train
-from support.tiny import tiny_run
+from support.mechanism_cases import MECHANISMS
+from support.tiny import VOCAB, random_sample, tiny_run
 
 LAYOUTS = {
     "tp2": (2, {"tensor": 2}),
@@ -39,7 +43,77 @@ def test_layout_equals_one_rank(worlds, one_rank, name):
     assert relative(found[0], one_rank) < 1e-5
 
 
+# Nothing divides 61 tokens: some ranks have spare rows.
+ODD = 61
+ODD_LAYOUTS = {
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "cp2_zigzag": (2, {"context": 2}),
+    "cp2_striped": (2, {"context": 2, "layout": "striped", "exchange": "ring"}),
+    "cp4_contiguous": (4, {"context": 4, "layout": "contiguous"}),
+    "cp4_balanced": (4, {"context": 4, "layout": "balanced", "exchange": "ring"}),
+    "cp2_tp2_sp": (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "balanced"}),
+    "cp2_pp2": (4, {"context": 2, "pipeline": 2, "layout": "balanced"}),
+}
+
+
+@pytest.fixture(scope="module")
+def odd_one_rank(worlds):
+    return worlds(1).run(train, tiny_run(ODD))[0]
+
+
+@pytest.mark.parametrize("name", ODD_LAYOUTS)
+def test_a_length_that_nothing_divides_equals_one_rank(worlds, odd_one_rank, name):
+    ranks, parallel = ODD_LAYOUTS[name]
+    # Sequences that are joined in one micro-batch are laid out together.
+    width = 2 if ranks == 4 else 1
+    run = tiny_run(ODD, stage__parallel=parallel, stage__micro_batch=width)
+    found = worlds(ranks).run(train, run)
+    assert all(result == found[0] for result in found), "ranks disagree on the global sums"
+    assert relative(found[0], odd_one_rank) < 1e-5
+
+
+@pytest.mark.parametrize(("exchange", "mechanism"), [("ring", "dense"), ("all_gather", "ssa")])
+def test_a_rank_may_own_nothing(worlds, exchange, mechanism):
+    attention = {"stage__attention": MECHANISMS[mechanism]}
+    expected = worlds(1).run(train, tiny_run(3, **attention))[0]
+    split = {"context": 4, "exchange": exchange}
+    found = worlds(4).run(train, tiny_run(3, stage__parallel=split, **attention))
+    assert relative(found[0], expected) < 1e-5
+
+
+def losses_by_position(run, lengths):
+    """Of a sample of each length the positions of this rank's tokens, and their losses."""
+    engine = Engine(run, run.stages[0], VOCAB, train=False)
+    found = []
+    for length in lengths:
+        sample = random_sample(length, length, min(3, length))
+        index_T, losses_T = engine.place(sample).index_T, engine.losses(sample)
+        assert torch.equal(local_part(engine, sample, torch.arange(length)), index_T)
+        assert losses_T is None or len(losses_T) == len(index_T)
+        found.append((index_T.tolist(), None if losses_T is None else losses_T.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "cp2_striped", "cp4_balanced", "cp2_tp2_sp", "cp2_pp2"])
+def test_losses_are_those_of_their_tokens(worlds, name):
+    lengths = [ODD, 3, 10]
+    want = worlds(1).run(losses_by_position, tiny_run(ODD), lengths)[0]
+    ranks, parallel = ODD_LAYOUTS[name]
+    found = worlds(ranks).run(losses_by_position, tiny_run(ODD, stage__parallel=parallel), lengths)
+    for number, length in enumerate(lengths):
+        index_T, losses_T = want[number]
+        assert index_T == list(range(length)) and len(losses_T) == length
+        together = {}
+        for rank in found:
+            for at, loss in zip(*rank[number], strict=True) if rank[number][1] is not None else ():
+                assert loss == pytest.approx(losses_T[at], rel=1e-5)
+                together[at] = loss
+        assert sorted(together) == index_T
+
+
 MOE = {"experts": 4, "top_k": 2, "aux_loss": 0.01}
+# The load-balancing loss is most of the gradient.
+HEAVY_MOE = {**MOE, "aux_loss": 1.0}
 MOE_LAYOUTS = {
     "ep2": (2, {"expert": 2}),
     "cp2_ep2": (2, {"expert": 2, "context": 2}),
@@ -60,6 +134,26 @@ def test_moe_layout_equals_one_rank(worlds, moe_one_rank, name):
     ranks, parallel = MOE_LAYOUTS[name]
     found = worlds(ranks).run(train, tiny_run(stage__parallel=parallel, model__moe=MOE))
     assert relative(found[0], moe_one_rank) < 1e-5
+
+
+ODD_MOE_LAYOUTS = {
+    "cp2_ep2": (2, {"expert": 2, "context": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "cp2_tp2_sp_ep2": (4, {"context": 2, "tensor": 2, "sequence": True, "expert": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def odd_moe_one_rank(worlds):
+    return worlds(1).run(train, tiny_run(ODD, model__moe=HEAVY_MOE))[0]
+
+
+@pytest.mark.parametrize("name", ODD_MOE_LAYOUTS)
+def test_spare_rows_do_not_count_for_the_router(worlds, odd_moe_one_rank, name):
+    ranks, parallel = ODD_MOE_LAYOUTS[name]
+    recompute = "full" if name == "tp2_sp" else "none"
+    run = tiny_run(ODD, recompute=recompute, stage__parallel=parallel, model__moe=HEAVY_MOE)
+    assert relative(worlds(ranks).run(train, run)[0], odd_moe_one_rank) < 1e-5
 
 
 VARIANTS = {

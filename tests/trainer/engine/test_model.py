@@ -12,7 +12,7 @@ def logits_and_gradients(run, sample):
     from longspan.trainer.engine.engine import Engine
 
     engine = Engine(run, run.stages[0], VOCAB)
-    batch = engine.builder(LENGTH)(sample)
+    batch = engine.build(sample)
     weights = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     with torch.no_grad():
         logits = engine.model.logits(batch)
@@ -61,7 +61,7 @@ def logits_of(run, samples, tokens=LENGTH):
 
     engine = Engine(run, run.stages[0], VOCAB)
     with torch.no_grad():
-        return [engine.model.logits(engine.builder(tokens)(sample)) for sample in samples]
+        return [engine.model.logits(engine.build(sample)) for sample in samples]
 
 
 def test_a_changed_token_reaches_no_other_document_and_no_earlier_position(worlds):

@@ -1,0 +1,124 @@
+"""Exchange choice: which exchange a stage's context ranks use, and why, from settings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import TYPE_CHECKING
+
+from ..attention.mechanism_settings import MechanismSettings, WindowSettings
+from ..attention.pairs import budget, visible_pairs
+from ..parallel.auto import CPU, GPU, Prediction, Work, predict
+from ..parallel.volume import Call
+from .settings import ModelSettings, StageSettings
+
+if TYPE_CHECKING:
+    from ..parallel.exchange import Across, ExchangeKind
+
+REACHED = {"zigzag": 0.75, "contiguous": 0.5, "striped": 1.0, "balanced": 0.1}
+"""The share of the other ranks' keys that causal queries of a rank reach: in one long document, and
+under `balanced`, which is for packed ones, in documents of an eighth of the stage's length."""
+
+CUTTING = 0.3, 8192
+"""How much longer attention takes whose keys come in parts, and for so many tokens of a rank: what
+rings lose on H100s. Longer parts lose less."""
+
+SORTING = 0.15
+"""How much longer it takes for each further part if keys are chosen, as choices are sorted anew."""
+
+
+@dataclass(frozen=True)
+class ExchangeChoice:
+    """An exchange, as `make_exchange` wants it.
+
+    Attributes:
+        kind: The exchange.
+        inner: Context ranks of a node, where the exchange knows nodes.
+        across: How two_d goes on between nodes.
+        reason: Why it was taken, in words; empty where the recipe names it.
+    """
+
+    kind: ExchangeKind
+    inner: int = 1
+    across: Across = "ring"
+    reason: str = ""
+
+
+def choose_exchange(
+    model: ModelSettings, stage: StageSettings, *, node: int, gpu: bool, wire: int
+) -> ExchangeChoice:
+    """The exchange that the recipe names, or with `auto` the one that should be the fastest.
+
+    One document as long as the stage is assumed (see `REACHED`), and the average of its layers.
+
+    Args:
+        model: The model.
+        stage: The stage.
+        node: Ranks of a node.
+        gpu: Whether ranks are GPUs.
+        wire: Bytes of a number of keys and values.
+    """
+    parallel = stage.parallel
+    if parallel.exchange != "auto":
+        across = parallel.across or "ring"
+        return ExchangeChoice(parallel.exchange, parallel.inner or 1, across)
+    context = parallel.context
+    if context == 1:
+        return ExchangeChoice("all_gather")
+    in_node = gcd(context, max(1, node // parallel.tensor))
+    found = predict(_work(model, stage, wire), in_node, GPU if gpu else CPU)
+    best = found[0].candidate
+    inner = best.inner if best.kind in ("double_ring", "two_d") else 1
+    return ExchangeChoice(best.kind, inner, reason=_reason(found, gpu))  # type: ignore[arg-type]
+
+
+def _work(model: ModelSettings, stage: StageSettings, wire: int) -> Work:
+    """What the average layer of a tensor rank does in a micro-batch of one document."""
+    parallel, tokens = stage.parallel, stage.length
+    ranks, mechanisms = parallel.context, stage.attention.mechanisms(model.layers)
+    heads, groups = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
+    size = -(-tokens // ranks)
+    document = tokens // 8 if parallel.layout == "balanced" else tokens
+    documents = tokens / max(1, document)
+
+    def mean(of: Sequence[float]) -> float:
+        return sum(of) / len(of)
+
+    width = model.head_width
+    return Work(
+        sizes=[size] * ranks,
+        call=Call(heads, groups, width, width, wire, keeps=parallel.keep_keys),
+        pairs=mean([visible_pairs(each, document, heads, groups) for each in mechanisms])
+        * documents
+        / ranks,
+        reached=mean([_reached(each, parallel.layout, size, ranks) for each in mechanisms]),
+        cutting=CUTTING[0] * min(1.0, CUTTING[1] / size),
+        sorting=mean([0.0 if budget(each) is None else SORTING for each in mechanisms]),
+    )
+
+
+def _reached(mechanism: MechanismSettings, layout: str, size: int, ranks: int) -> float:
+    """The share of the other ranks' keys that some query of a rank reaches."""
+    share = REACHED[layout]
+    if isinstance(mechanism, WindowSettings) and layout != "striped":
+        edges = 1 if layout == "contiguous" else 2
+        halo = edges * (mechanism.window + mechanism.first)
+        share = min(share, halo / (size * (ranks - 1)))
+    return share
+
+
+def _reason(found: Sequence[Prediction], gpu: bool) -> str:
+    """The three fastest with their times."""
+    times = [f"{_name(each)} {_time(each.seconds)}" for each in found[:3]]
+    where = "GPUs" if gpu else "CPU ranks"
+    return f"predicted per layer on {where}: {', '.join(times)}"
+
+
+def _name(prediction: Prediction) -> str:
+    kind, inner = prediction.candidate
+    return f"{kind} over {inner}" if kind in ("double_ring", "two_d") else kind
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
