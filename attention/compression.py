@@ -1,7 +1,7 @@
 """Compression: the tokens of a window as one key or one value, learned.
 
-Shapes: S keys, G key-value heads, D their dim, L tokens in a window, P windows, C cells of as many
-tokens as there are from one window to the next, X what a first matrix makes of a window.
+Shapes: S keys, G key-value heads, D their dim, L tokens in a window, P windows, C cells of Y
+tokens, as many as there are from one window to the next, X what a first matrix makes of a window.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ..kernels.mirror import Mirror
-from .documents import Documents
+from ..kernels.windows import Windows
 from .mechanism_settings import NsaSettings
 from .pooling import pool_keys
 from .site import Site
@@ -44,16 +44,16 @@ class Compression(nn.Module):
             self.last = site.parameter(groups, 2 * dim, dim, by_head=True)
         shape = groups, self.length, dim
         self.place = site.parameter(*shape, start=0.0, by_head=True) if encode else None
-        self._one_window = Documents((0, self.length))
+        self._one_window = Windows.documents((0, self.length), self.length, self.stride)
 
-    def forward(self, x_SGD: Tensor, documents: Documents) -> Tensor:
-        """One key per complete window of each document, [P, G, D].
+    def forward(self, x_SGD: Tensor, windows: Windows) -> Tensor:
+        """One key per window, [P, G, D].
 
         Args:
             x_SGD: Keys or values.
-            documents: Where they come from.
+            windows: Of them, complete ones of the length and the stride of the settings.
         """
-        made_PGX = self._first(x_SGD, documents)
+        made_PGX = self._first(x_SGD, windows)
         if self.place is not None:
             # The first step is linear: the places are one more window, added to all others.
             made_PGX = made_PGX + self._first(self.place.transpose(0, 1), self._one_window)
@@ -61,14 +61,12 @@ class Compression(nn.Module):
             return made_PGX
         return (silu(made_PGX).transpose(0, 1) @ self.last).transpose(0, 1)
 
-    def _first(self, x_SGD: Tensor, documents: Documents) -> Tensor:
+    def _first(self, x_SGD: Tensor, windows: Windows) -> Tensor:
         """The first, linear step of the compression, [P, G, X]."""
         if self.how == "mean" or self.how == "weighted":
-            windows = documents.windows(self.length, self.stride)
             return pool_keys(x_SGD, windows, self.how, self.weight)
         assert self.weight is not None
-        key = "cells", self.length, self.stride
-        tokens, first = documents.once(key, lambda: self._cells(documents))
+        tokens, first = windows.once("strides", lambda: self._cells(windows))
         # Windows overlap, cells do not: each token is gathered once, and its gradient is the same
         # every time, as no two threads add to it.
         x_GSD = x_SGD.transpose(0, 1).index_select(1, tokens.on(x_SGD.device))
@@ -79,10 +77,9 @@ class Compression(nn.Module):
             made_GPX = made_GPX + (x_GCY @ weight_GYX).index_select(1, first_P + step)
         return made_GPX.transpose(0, 1)
 
-    def _cells(self, documents: Documents) -> tuple[Mirror, Mirror]:
-        """The tokens of all cells, [C * stride], and the first cell of each window, [P]."""
-        cells = documents.windows(self.stride, self.stride)
-        windows = documents.windows(self.length, self.stride)
-        tokens_CY = cells.starts_P[:, None] + torch.arange(self.stride)
-        first_P = torch.searchsorted(cells.starts_P, windows.starts_P)
-        return Mirror(tokens_CY.flatten()), Mirror(first_P)
+    def _cells(self, windows: Windows) -> tuple[Mirror, Mirror]:
+        """The tokens of all cells, [C * Y], and the first cell of each window, [P]."""
+        steps = torch.arange(0, self.length, self.stride)
+        starts_C = (windows.starts_P[:, None] + steps).unique()
+        tokens_CY = starts_C[:, None] + torch.arange(self.stride)
+        return Mirror(tokens_CY.flatten()), Mirror(torch.searchsorted(starts_C, windows.starts_P))

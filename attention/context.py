@@ -2,7 +2,7 @@
 
 Shapes: T query rows of this rank, S its keys (those of the same tokens, but for generation, where
 the queries are the last tokens), H query heads, G key-value heads, D key dim, V value dim, E
-channels.
+channels, P windows, L keys of a rank's windows, N wanted entries.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.blocks import Blocks
+from ..kernels.mirror import Mirror
 from ..kernels.reach import Reach
+from ..kernels.windows import Windows
 from ..parallel.exchange import Exchange
+from ..parallel.halo import Make
 from .documents import Documents
 from .notes import Notes
 from .probe import Chosen, Probe
@@ -98,6 +101,28 @@ class Context:
         """The tokens of all ranks; what one rank, or a cache, has of them is all of them."""
         return self.cp.gather(x_T)
 
+    def gather_some(self, x_SG: Tensor, index_N: Mirror) -> Tensor:
+        """Some heads of some tokens of all ranks, [N, ...]; see `Exchange.gather_some`.
+
+        Args:
+            x_SG: This rank's, [S, G, ...].
+            index_N: Position of the token among all tokens * G + head, the same on all ranks.
+        """
+        return self.cp.gather_some(x_SG, index_N)
+
+    def pooled(self, x_S: Tensor, windows: Windows, make: Make) -> Tensor:
+        """What is made of all windows of tokens, [P, ...], each by its owner.
+
+        What one rank, or a cache, has of the tokens is all of them.
+
+        Args:
+            x_S: This rank's, [S, ...].
+            windows: Of all tokens.
+            make: Makes an entry of each window, from keys [L, ...] and windows numbered within
+                them; see `Exchange.pooled`.
+        """
+        return self.cp.pooled(x_S, windows, make)
+
     def scale_of(self, q_THD: Tensor) -> float:
         """The scale of the scores."""
         return q_THD.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -150,9 +175,9 @@ class Context:
             self.probe.look(self.layer, q_THD, self.gather(k_SGD), *how)
 
     def measure(self, measure: str, value: Tensor) -> None:
-        """Have the probe, if there is one, note the mean of a value; see `MEASURES`."""
+        """Have the probe, if there is one, note a mean over rows, or a number; see `MEASURES`."""
         if self.probe is not None:
-            self.probe.add(self.layer, measure, value)
+            self.probe.add(self.layer, measure, value, len(value) if value.ndim else 1)
 
     def choose(self, name: str, make: Callable[[], Blocks]) -> Blocks:
         """What `make` chooses; in the second pass of a layer what it chose in the first.

@@ -72,12 +72,13 @@ class InfllmV2(nn.Module):
 
     def _choose(self, q_THD: Tensor, k_SGD: Tensor, reach: Reach, ctx: Context) -> Blocks:
         """The blocks that the queries choose, from keys that have turned."""
-        settings, documents, k_SGD = self.settings, ctx.documents, ctx.gather(k_SGD)
+        settings, documents = self.settings, ctx.documents
         length, stride, coarse = settings.compress_length, settings.compress_stride, settings.coarse
 
         def pooled(times: int) -> Pooled:
             windows = documents.windows(times * length, times * stride)
-            return Pooled(pool(k_SGD, windows, "mean"), windows)
+            mean = ctx.pooled(k_SGD.detach(), windows, lambda k, some: pool(k, some, "mean"))
+            return Pooled(mean, windows)
 
         def choose() -> Blocks:
             fine = pooled(1)

@@ -31,6 +31,6 @@ def choose_by_mean_keys(
     """
     documents = ctx.documents
     windows = documents.windows(block, block)
-    means_BGD, grid = pool(ctx.gather(k_SGD), windows, "mean"), documents.grid(block)
-    scale = ctx.scale_of(q_THD)
+    means_BGD = ctx.pooled(k_SGD.detach(), windows, lambda k, some: pool(k, some, "mean"))
+    grid, scale = documents.grid(block), ctx.scale_of(q_THD)
     return select_blocks(q_THD, means_BGD, windows, grid, ctx.reach, rule, scale=scale)

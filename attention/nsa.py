@@ -100,8 +100,9 @@ class Nsa(nn.Module):
 
     def _compressed(self, k_SGD: Tensor, v_SGD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Compressed keys, turned, and values, [P, G, D] each."""
-        k_SGD, v_SGD = ctx.gather(k_SGD), ctx.gather(v_SGD)
-        k_PGD, v_PGD = self.keys(k_SGD, ctx.documents), self.values(v_SGD, ctx.documents)
+        windows = ctx.documents.windows(*self._windows)
+        k_PGD = ctx.pooled(k_SGD, windows, self.keys)
+        v_PGD = ctx.pooled(v_SGD, windows, self.values)
         if self.settings.compress_after_rope:
             return k_PGD, v_PGD
         length, stride = self._windows

@@ -51,11 +51,18 @@ class Probe:
         shape = layers, len(MEASURES), 2
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def add(self, layer: int, measure: str, value: Tensor) -> None:
-        """Add one term: the mean of all elements."""
+    def add(self, layer: int, measure: str, value: Tensor, terms: int = 1) -> None:
+        """Add the mean of all elements.
+
+        Args:
+            layer: Number of the layer.
+            measure: See `MEASURES`.
+            value: The elements.
+            terms: For how many terms it counts: rows, of which ranks may have differently many.
+        """
         pair = self.sums[layer, MEASURES.index(measure)]
-        pair[0] += value.detach().double().mean()
-        pair[1] += 1
+        pair[0] += value.detach().double().sum() * (terms / max(1, value.numel()))
+        pair[1] += terms
 
     @torch.no_grad()
     def look(

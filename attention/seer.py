@@ -97,8 +97,8 @@ class Seer(nn.Module):
             )
         windows = _windows(documents, block)
         with torch.set_grad_enabled(ctx.learns):
-            q_THD, k_SGD = q_THD.detach(), ctx.gather(k_SGD.detach())
-            k_BGX = torch.cat([pool(k_SGD, windows, how) for how in ("max", "min", "mean")], -1)
+            q_THD = q_THD.detach()
+            k_BGX = ctx.pooled(k_SGD.detach(), windows, _summary)
             k_BGI = torch.einsum("bgx,gix->bgi", k_BGX, self.key)
             by_block = ctx.turning(f"blocks of {block}", lambda: _places(documents, block), k_BGI)
             k_BCI = by_block.apply(k_BGI)
@@ -143,6 +143,11 @@ class Seer(nn.Module):
             ids_QCN = _likely(blocks.ids_QCN, gate, scored, last_Q - 1, settings.threshold)
             blocks = replace(blocks, ids_QCN=ids_QCN)
         return blocks if self.causal else replace(blocks, query_starts=grid.starts_B1)
+
+
+def _summary(k_SGD: Tensor, windows: Windows) -> Tensor:
+    """The largest and the smallest entries of each window of keys, and their mean, [B, G, 3 D]."""
+    return torch.cat([pool(k_SGD, windows, how) for how in ("max", "min", "mean")], -1)
 
 
 @torch.no_grad()

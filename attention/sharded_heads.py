@@ -62,9 +62,7 @@ class ShardedHeads(nn.Module):
         """Output [T, H, V] and lse [T, H] over the far blocks, shard by shard."""
         device = q_THD.device
         # One gather for all shards: its gradient is one sum instead of one per shard.
-        index_N = far.keys.on(device)
-        k_of, v_of = (x.flatten(0, 1).index_select(0, index_N).split(far.sizes)
-                      for x in (ctx.gather(k_SGD), ctx.gather(v_SGV)))  # fmt: skip
+        k_of, v_of = (ctx.gather_some(x, far.keys).split(far.sizes) for x in (k_SGD, v_SGV))
         heads = [len(shard.heads) for shard in self.shards]
         q_of = q_THD.index_select(1, far.order.on(device)).split(heads, 1)
         parts = [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .once import Once
 
-class Mirror:
+
+class Mirror(Once):
     """Copies of a host tensor as int32 on devices, each made once and without waiting.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Windows: overlapping ranges of keys, each of which is pooled into one key.
 
-Shapes: P windows, S keys, T query rows.
+Shapes: P windows, S keys, T query rows, C + 1 cuts between cells.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .boundaries import boundaries
 from .mirror import Mirror
+from .once import Once
 from .reach import Reach
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
+class Windows(Once):
     """Window p holds the keys [starts[p], stops[p]); none holds keys of two documents.
 
     Attributes:
@@ -27,6 +28,8 @@ class Windows:
         length: Keys in a complete window.
         stride: From one window of a document to the next.
         keys: Number S of keys that the windows were cut from.
+        given_C1: Where the keys are cut into cells, ascending from 0 to S, int64 [C + 1] on the
+            host; None for where any of these windows begins or ends.
     """
 
     starts_P: Tensor
@@ -34,6 +37,7 @@ class Windows:
     length: int
     stride: int
     keys: int
+    given_C1: Tensor | None = None
 
     @classmethod
     def documents(
@@ -69,6 +73,21 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.starts_P)
+
+    def part(self, rows: Tensor, index_L: Tensor) -> Windows:
+        """Some of the windows, over some of the keys.
+
+        They are summed cell by cell as before, so that their sums are the same to the last bit.
+
+        Args:
+            rows: Numbers of the windows, ascending, int64 on the host.
+            index_L: Positions of all keys of these windows and of no others, ascending, int64 on
+                the host.
+        """
+        starts_P = torch.searchsorted(index_L, self.starts_P[rows])
+        stops_P = torch.searchsorted(index_L, self.stops_P[rows])
+        cuts_C1 = torch.searchsorted(index_L, self.cuts_C1).unique()
+        return Windows(starts_P, stops_P, self.length, self.stride, len(index_L), cuts_C1)
 
     def reach(self, reach: Reach) -> Reach:
         """The windows that each query may see: those that lie wholly in its reach.
@@ -109,6 +128,14 @@ class Windows:
         return Mirror(torch.searchsorted(self.starts_P, torch.arange(self.keys), right=True))
 
     @cached_property
+    def cuts_C1(self) -> Tensor:
+        """Boundaries of the cells, int64 [C + 1] on the host."""
+        if self.given_C1 is not None:
+            return self.given_C1
+        ends = torch.tensor([0, self.keys])
+        return torch.cat([self.starts_P, self.stops_P, ends]).unique()
+
+    @cached_property
     def cells(self) -> Cells:
         """The windows cut where any of them begins or ends."""
         return Cells.of(self)
@@ -133,9 +160,8 @@ class Cells:
     @classmethod
     def of(cls, windows: Windows) -> Cells:
         """The cells of `windows`."""
-        ends = torch.tensor([0, windows.keys])
-        cuts = torch.cat([windows.starts_P, windows.stops_P, ends]).unique()
-        first_P = torch.searchsorted(cuts, windows.starts_P)
-        last_P = torch.searchsorted(cuts, windows.stops_P)
+        cuts_C1 = windows.cuts_C1
+        first_P = torch.searchsorted(cuts_C1, windows.starts_P)
+        last_P = torch.searchsorted(cuts_C1, windows.stops_P)
         most = int((last_P - first_P).max()) if len(windows) else 0
-        return cls(Mirror(cuts), Mirror(first_P), Mirror(last_P), most)
+        return cls(Mirror(cuts_C1), Mirror(first_P), Mirror(last_P), most)

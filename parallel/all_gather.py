@@ -95,16 +95,15 @@ class AllGather:
             both = torch.cat([k_TGD[:, share.groups], v_TGV[:, share.groups]], -1)
             return self._gathering.start(both)
 
-        coming = [] if arrived else [start(shares[0])]
-        for number, share in enumerate(shares):
-            if arrived:
-                kv_S1X = arrived[number]
-            else:
-                kv_S1X = coming.pop()()
-                # What came is gone, and only its copy in global order is there.
-                coming = [start(following) for following in shares[number + 1 : number + 2]]
-                if into is not None and self._keeps:
-                    into.append(kv_S1X)
+        travels = [] if arrived else shares
+        coming = [start(share) for share in travels[:1]]
+        for number, share in enumerate(shares, start=1):
+            kv_S1X = arrived[number - 1] if arrived else coming.pop()()
+            if into is not None and self._keeps:
+                into.append(kv_S1X)
+            # What came is gone, and only its copy in global order is there.
+            coming = [start(following) for following in travels[number : number + 1]]
             k_S1D, v_S1V = kv_S1X.split(widths, -1)
+            del kv_S1X
             yield share, k_S1D, v_S1V
-            del kv_S1X, k_S1D, v_S1V
+            del k_S1D, v_S1V

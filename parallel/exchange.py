@@ -1,7 +1,7 @@
 """Exchange: exact attention of local queries over the keys of all context ranks.
 
 Shapes: T local query rows (and local keys), S keys of the whole sequence, H query heads,
-G key-value heads, D key dim, V value dim.
+G key-value heads, D key dim, V value dim, P windows, L keys of a rank's windows, N wanted entries.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.blocks import Blocks
+from ..kernels.mirror import Mirror
 from ..kernels.reach import Reach
+from ..kernels.windows import Windows
 from .all_gather import AllGather
+from .entries import Entries
 from .fetch import Fetch
 from .gathering import Gathering, gather
+from .halo import Halo, Make
 from .layout import Layout
 from .members import Members
 from .method import Kept, Local, Method
@@ -47,6 +51,45 @@ class Exchange:
             x_T: One entry for each of the rank's tokens.
         """
         return x_T if self._gathering is None else gather(x_T, self._gathering)
+
+    def gather_some(self, x_TG: Tensor, index_N: Mirror) -> Tensor:
+        """Some heads of some tokens of all ranks, [N, ...], in the order in which they are wanted.
+
+        Differentiable: the gradients of an entry are summed over the ranks. An entry that is wanted
+        more than once travels once.
+
+        Args:
+            x_TG: The rank's tokens, [T, G, ...].
+            index_N: The wanted entries: global position of the token * G + head; the same ones on
+                all ranks.
+        """
+        gathering = self._gathering
+        if gathering is None:
+            return x_TG.flatten(0, 1).index_select(0, index_N.on(x_TG.device))
+        groups = x_TG.shape[1]
+        entries = index_N.once(
+            ("entries", self, groups), lambda: Entries(index_N.host, groups, gathering)
+        )
+        return entries.gather(x_TG)
+
+    def pooled(self, x_T: Tensor, windows: Windows, make: Make) -> Tensor:
+        """What is made of each window of tokens, [P, ...], for all ranks.
+
+        Every rank makes what belongs to the windows that begin in its tokens. Where they end in
+        tokens of others, these come first. Differentiable: the gradients of a window are summed
+        over the ranks before they go through `make`, once, at its owner.
+
+        Args:
+            x_T: One entry for each of the rank's tokens.
+            windows: Of the whole sequence.
+            make: From the keys [L, ...] of some windows, and these windows, numbered within them,
+                one entry for each window. Of no windows, an empty tensor that has the dimensions,
+                the dtype and the way back to `x_T` of any other.
+        """
+        gathering = self._gathering
+        if gathering is None:
+            return make(x_T, windows)
+        return windows.once(("halo", self), lambda: Halo.of(windows, gathering)).pooled(x_T, make)
 
     def attend(
         self,

@@ -128,10 +128,11 @@ class Fetch:
             seen: What is seen.
             k_TGD: The rank's own keys.
             v_TGV: Its own values.
-            arrived: Keys and values of each round, if they are there already.
+            arrived: Keys and values of each round in one tensor, if they are there already.
             into: Where to leave them, if they shall be kept.
         """
-        plan, like = self._plan(seen.reach), Parcel.pack([k_TGD[:0], v_TGV[:0]])
+        plan = self._plan(seen.reach)
+        like = Parcel.pack([k_TGD[:0], v_TGV[:0]])
 
         def start(trip: Round) -> Handle:
             sends = [
@@ -141,43 +142,36 @@ class Fetch:
             receives = [like.incoming(peer, len(at.host)) for peer, at in trip.receives]
             return self.transport.trade(sends, receives)
 
-        coming = [] if arrived else [start(trip) for trip in plan.rounds[:1]]
+        travels = [] if arrived else plan.rounds
+        coming = [start(trip) for trip in travels[:1]]
         yield Arrival(plan.own, k_TGD, v_TGV)
-        for number, trip in enumerate(plan.rounds):
+        for number, trip in enumerate(plan.rounds, start=1):
             if arrived:
-                parcel = like.of(arrived[number])
+                sorted_ = like.of(arrived[number - 1])
             else:
-                parcel = _in_order(trip, like, coming.pop().wait())
-                # What came in parts is gone, and only its copy in order is there.
-                coming = [start(following) for following in plan.rounds[number + 1 : number + 2]]
-                if into is not None and self._keeps:
-                    into.append(parcel.flat)
-            yield Arrival(trip.shard, *parcel.tensors)
-            del parcel
+                sorted_ = _in_place(trip, like, coming.pop().wait())
+            if into is not None and self._keeps:
+                into.append(sorted_.flat)
+            # What came in parts is gone, and only its copy in order is there.
+            coming = [start(following) for following in travels[number : number + 1]]
+            yield Arrival(trip.shard, *sorted_.tensors)
+            del sorted_
 
     def _plan(self, reach: Reach) -> Plan:
         """What this rank does, planned once per reach and without a message."""
         return reach.once(("fetch", self), lambda: self._make_plan(reach))
 
     def _make_plan(self, reach: Reach) -> Plan:
-        rank, ranks = self.transport.rank, self.layout.ranks
-        every = reach.of_all
+        rank, every = self.transport.rank, reach.of_all
         needs = every.once(("needs", self.layout), lambda: Needs(every, self.layout))
         rounds = []
         for distances in self._distances(needs.counts()):
-            sends, owners, index = [], [], [torch.arange(0)]
-            for distance in distances:
-                to, of = (rank + distance) % ranks, (rank - distance) % ranks
-                rows, numbers = needs.of(to, rank), needs.of(rank, of)
-                if len(rows):
-                    sends.append((to, Mirror(rows)))
-                if len(numbers):
-                    owners.append(of)
-                    index.append(needs.positions(of, numbers))
-            index_S, places_S = _sorted(torch.cat(index))
-            places = map(Mirror, places_S.split([len(x) for x in index])[1:])
-            receives = list(zip(owners, places, strict=True))
-            rounds.append(Round(sends, receives, Shard.of(reach, index_S)))
+            sends, receives, index = needs.trade(rank, distances)
+            index_S, places_S = _sorted(index)
+            places = map(Mirror, places_S.split([tokens for _, tokens in receives]))
+            owners = [peer for peer, _ in receives]
+            placed = list(zip(owners, places, strict=True))
+            rounds.append(Round(sends, placed, Shard.of(reach, index_S)))
         own = self.layout.index(rank)
         return Plan(Shard.of(reach, own, whole=True), rounds)
 
@@ -210,11 +204,12 @@ def _sorted(index_S: Tensor) -> tuple[Tensor, Tensor]:
     return sorted_S, places_S
 
 
-def _in_order(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:
-    """The keys and values of a round in ascending order."""
+def _in_place(trip: Round, like: Parcel, received: list[Tensor]) -> Parcel:
+    """What came in a round, in the order of its shard."""
     if len(received) == 1:
         return like.of(*received)
-    whole = like.of(like.flat.new_empty(len(trip.shard.index_S) * like.width))
+    tokens = len(trip.shard.index_S)
+    whole = like.of(like.flat.new_empty(tokens * like.width))
     for (_, places), flat in zip(trip.receives, received, strict=True):
         at = places.on(flat.device).long()
         for x, part in zip(whole.tensors, like.of(flat).tensors, strict=True):

@@ -1,15 +1,18 @@
 """Ranges: which keys the rows of one rank reach, and who owns them; plain host arithmetic.
 
-Shapes: T rows or tokens of a rank, N ranges, P ranks.
+Shapes: T rows or tokens of a rank, N ranges, P ranks, M things.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise, starmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.mirror import Mirror
 from ..kernels.reach import Reach
 from .layout import Layout
 
@@ -44,26 +47,61 @@ def within(first_N: Tensor, last_N: Tensor, index_T: Tensor) -> Tensor:
     return torch.arange(len(shift)) + shift
 
 
+def owned(position_M: Tensor, layout: Layout) -> Layout:
+    """Who owns things that belong to tokens.
+
+    Args:
+        position_M: Positions of their tokens, ascending, int64 on the host.
+        layout: Who owns the tokens.
+
+    Returns:
+        A layout of which the things are the tokens.
+    """
+    bounds = [bound for chunks in layout.chunks for chunk in chunks for bound in chunk]
+    at = iter(torch.searchsorted(position_M, torch.tensor(bounds, dtype=torch.int64)).tolist())
+    found = tuple(tuple((next(at), next(at)) for _ in chunks) for chunks in layout.chunks)
+    return Layout(
+        len(position_M),
+        tuple(tuple((a, b) for a, b in chunks if a < b) for chunks in found),
+    )
+
+
+class Trade(NamedTuple):
+    """What one rank sends and receives at the same time.
+
+    Attributes:
+        sends: Ranks, and which of this rank's tokens go to them.
+        receives: Ranks, and how many of their tokens come.
+        index_S: Global positions of what comes, in the order of `receives`.
+    """
+
+    sends: list[tuple[int, Mirror]]
+    receives: list[tuple[int, int]]
+    index_S: Tensor
+
+
 class Needs:
     """What every rank needs of every rank's tokens.
 
     Args:
         reach: Of all rows.
-        layout: Who owns them, and the keys.
+        layout: Who owns the keys.
+        rows: Who owns the rows; None for who owns the keys.
     """
 
-    def __init__(self, reach: Reach, layout: Layout) -> None:
-        assert len(reach) == layout.length, (len(reach), layout.length)
+    def __init__(self, reach: Reach, layout: Layout, rows: Layout | None = None) -> None:
+        rows = layout if rows is None else rows
+        assert len(reach) == rows.length, (len(reach), rows.length)
         self._index = [layout.index(rank) for rank in range(layout.ranks)]
         # Keys of different ranks' rows lie apart, so that one search serves all ranks.
         self._apart_P = torch.arange(layout.ranks) * (layout.length + 1)
-        rows = [
+        parts = [
             (slice(*chunk), apart)
-            for apart, chunks in zip(self._apart_P, layout.chunks, strict=True)
+            for apart, chunks in zip(self._apart_P, rows.chunks, strict=True)
             for chunk in chunks
         ]
         bounds = [
-            torch.cat([torch.arange(0), *(bound_T[some] + apart for some, apart in rows)])
+            torch.cat([torch.arange(0), *(bound_T[some] + apart for some, apart in parts)])
             for bound_T in (reach.first_T, reach.last_T)
         ]
         self._first_N, self._last_N = joined(*bounds)
@@ -82,6 +120,25 @@ class Needs:
     def positions(self, owner: int, numbers: Tensor) -> Tensor:
         """Global positions of an owner's tokens."""
         return self._index[owner][numbers]
+
+    def trade(self, rank: int, distances: Iterable[int]) -> Trade:
+        """What a rank trades with those that are so many ranks before and after it."""
+        ranks, sends, receives, index = len(self._index), [], [], [torch.arange(0)]
+        for distance in distances:
+            to, of = (rank + distance) % ranks, (rank - distance) % ranks
+            rows, numbers = self.of(to, rank), self.of(rank, of)
+            if len(rows):
+                sends.append((to, Mirror(rows)))
+            if len(numbers):
+                receives.append((of, len(numbers)))
+                index.append(self.positions(of, numbers))
+        return Trade(sends, receives, torch.cat(index))
+
+    def distances(self) -> list[int]:
+        """So many ranks before some rank is one of which it needs something, ascending from 1."""
+        ranks, counts = len(self._index), self.counts()
+        at = torch.arange(ranks)
+        return [d for d in range(1, ranks) if bool(counts[at, (at - d) % ranks].any())]
 
     def counts(self) -> Tensor:
         """How many tokens each rank needs of each owner, [ranks, owners]."""

@@ -6,6 +6,7 @@ long documents are cut over as many ranks as their work asks for, and short ones
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,16 @@ class Schedule:
     """
 
     micro_batches: tuple[tuple[tuple[Part, ...], ...], ...]
+
+    def degrees(self) -> dict[int, int]:
+        """On how many ranks each document lies: its context degree."""
+        held = {
+            (document, rank)
+            for ranks in self.micro_batches
+            for rank, parts in enumerate(ranks)
+            for document, _, _ in parts
+        }
+        return Counter(document for document, _ in held)
 
     def loads(self, cost: Callable[[int], float]) -> list[list[float]]:
         """Work of each rank in each micro-batch."""

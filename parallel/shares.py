@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 
 Part = tuple[int, int, int]
 """Document, and the half-open range of its tokens."""
 
 SLACK = 0.02
 """A rank may have this share of the mean more or less work where that spares a cut."""
+
+EASY = 0.9
+"""Ranks that are at most so full leave one that has work enough without more tokens."""
 
 NEAR = 0.25
 """A cut is found when it is this near, as a share of the slack."""
@@ -31,24 +35,12 @@ class Stock:
     """
 
     def __init__(self, lengths: Sequence[int], work: Callable[[int], float]) -> None:
-        self._kept: dict[int, float] = {0: 0.0}
-        self._work = work
+        self.up_to = cache(work)
         self.first, self.last = [0] * len(lengths), list(lengths)
-        self.load = [self.up_to(n) for n in lengths]
+        self.size, self.load = list(lengths), [self.up_to(n) for n in lengths]
         # By work per token.
         self.order = sorted((self.load[d] / n, d) for d, n in enumerate(lengths) if n)
         self.tokens, self.work = sum(lengths), sum(self.load)
-
-    def up_to(self, tokens: int) -> float:
-        """Work of a document's first tokens."""
-        known = self._kept.get(tokens)
-        if known is None:
-            known = self._kept[tokens] = float(self._work(tokens))
-        return known
-
-    def size(self, document: int) -> int:
-        """Tokens that are left of a document."""
-        return self.last[document] - self.first[document]
 
     def head(self, document: int, tokens: int) -> float:
         """Work of the first of them."""
@@ -60,16 +52,22 @@ class Stock:
         last = self.last[document]
         return self.up_to(last) - self.up_to(last - tokens)
 
+    def within(self, document: int, work: float) -> int:
+        """How many of the first of them make up so much work."""
+        tokens = range(1, self.size[document] + 1)
+        return bisect_left(tokens, work, key=lambda n: self.head(document, n)) + 1
+
     def take(self, document: int, head: int = 0, tail: int = 0) -> list[Part]:
         """Takes so many of the first and last tokens of a document away."""
-        first, last, before = self.first[document], self.last[document], self.load[document]
-        del self.order[bisect_left(self.order, (before / (last - first), document))]
-        self.first[document], self.last[document] = first + head, last - tail
-        left = last - first - head - tail
-        after = self.up_to(last - tail) - self.up_to(first + head) if left else 0.0
-        self.load[document] = after
+        first, last = self.first[document], self.last[document]
+        before, size = self.load[document], self.size[document]
+        del self.order[bisect_left(self.order, (before / size, document))]
+        after, left = 0, size - head - tail
         if left:
+            after = self.up_to(last - tail) - self.up_to(first + head)
             insort(self.order, (after / left, document))
+        self.first[document], self.last[document] = first + head, last - tail
+        self.size[document], self.load[document] = left, after
         self.tokens -= head + tail
         self.work -= before - after
         parts = [(document, first, first + head)] if head else []
@@ -92,7 +90,7 @@ class Filling:
         for document in documents:
             if have >= tokens:
                 break
-            have, load = have + stock.size(document), load + stock.load[document]
+            have, load = have + stock.size[document], load + stock.load[document]
             self.documents.append(document)
             self._tokens.append(have)
             self._work.append(load)
@@ -112,18 +110,18 @@ class Rank:
     Args:
         stock: What is left; its last token for this rank leaves it here.
         room: Tokens that fit.
-        least: Tokens that it must take, so that the others fit into later ranks.
-        later: Ranks that come later.
+        later: Tokens that fit on each of the later ranks.
         mean: Work of all ranks at first, by their number.
     """
 
-    def __init__(self, stock: Stock, room: int, least: int, later: int, mean: float) -> None:
-        self.stock, self.room, self.least = stock, room, least
-        self.work = stock.work / (later + 1)
+    def __init__(self, stock: Stock, room: int, later: Sequence[int], mean: float) -> None:
+        self.stock, self.room, self.later = stock, room, sum(later)
+        self.least = max(0, stock.tokens - self.later)
+        self.work = stock.work / (len(later) + 1)
         self.over = SLACK * mean
         # Less where earlier ranks did too little, or that adds up in the last ones.
         self.under = min(max(mean + self.over - self.work, 0.0), self.over)
-        self.tokens = min(room, max(least, -(-stock.tokens // (later + 1))))
+        self.tokens = min(room, max(self.least, -(-stock.tokens // (len(later) + 1))))
         self.parts: list[Part] = []
 
     def fill(self, begun: int) -> int:
@@ -144,14 +142,14 @@ class Rank:
                 break
             document, whole = self._next(begun, filling, lacking)
             if whole:
-                self._take(document, head=stock.size(document))
+                self._take(document, head=stock.size[document])
                 begun = -1
                 continue
             enough = self._cut(document, filling)
-            begun = document if stock.size(document) else -1
+            begun = document if stock.size[document] else -1
             if enough:
                 break
-        return begun if begun >= 0 and stock.size(begun) else -1
+        return begun if begun >= 0 and stock.size[begun] else -1
 
     def _next(self, begun: int, filling: Filling, lacking: float) -> tuple[int, bool]:
         """A document that has work enough for this rank, and whether to take all of it."""
@@ -168,12 +166,12 @@ class Rank:
 
     def _gain(self, document: int, filling: Filling) -> float:
         """Work that the rank gains if it takes a document instead of what would fill it up."""
-        left = self.tokens - self.stock.size(document)
+        left = self.tokens - self.stock.size[document]
         return self.stock.load[document] + filling.work(left) - filling.work(self.tokens)
 
     def _fits(self, document: int, filling: Filling, lacking: float) -> bool:
         """Whether the whole document leaves the rank neither too much work nor too little."""
-        size = self.stock.size(document)
+        size = self.stock.size[document]
         if size > self.tokens or self._gain(document, filling) > lacking + self.over:
             return False
         dense = self.stock.load[document] + self._densest(self.tokens - size, document)
@@ -181,7 +179,7 @@ class Rank:
 
     def _suffices(self, document: int) -> bool:
         """Whether the end of a document can be work enough."""
-        size = min(self.stock.size(document), self.tokens)
+        size = min(self.stock.size[document], self.tokens)
         dense = self.stock.tail(document, size) + self._densest(self.tokens - size, document)
         return dense >= self.work
 
@@ -192,7 +190,7 @@ class Rank:
             if tokens <= 0:
                 break
             if document != without:
-                size = min(tokens, self.stock.size(document))
+                size = min(tokens, self.stock.size[document])
                 work += self.stock.tail(document, size)
                 tokens -= size
         return work
@@ -204,7 +202,7 @@ class Rank:
         while low < high:
             middle = (low + high + 1) // 2
             document = order[middle][1]
-            small = self.stock.size(document) <= self.tokens
+            small = self.stock.size[document] <= self.tokens
             if small and self._gain(document, filling) <= lacking + self.over:
                 low = middle
             else:
@@ -221,7 +219,9 @@ class Rank:
 
     def _sparsest(self, last: int = -1) -> Iterator[int]:
         """Documents by work per token, one of them last."""
-        yield from (document for _, document in self.stock.order if document != last)
+        for _, document in self.stock.order:
+            if document != last:
+                yield document
         if last >= 0:
             yield last
 
@@ -231,11 +231,15 @@ class Rank:
         Returns:
             Whether it was enough; if not, all of it is taken and nothing else.
         """
-        stock, tokens, size = self.stock, self.tokens, self.stock.size(document)
+        stock, tokens, size = self.stock, self.tokens, self.stock.size[document]
         if document in filling.documents:
             filling = Filling(stock, self._sparsest(document), tokens)
+        alone = self._alone(document)
+        if alone:
+            self._take(document, tail=alone)
+            return self.work <= self.under
         # Its own tokens need no keys from elsewhere; others do where they are cut as well.
-        cut = stock.size(filling.documents[-1]) > tokens
+        cut = stock.size[filling.documents[-1]] > tokens
         if cut and size >= tokens and stock.head(document, tokens) <= self.work:
             filling = Filling(stock, [document], tokens)
         tail = self._tail(document, filling)
@@ -246,9 +250,26 @@ class Rank:
             self._fill_up(filling)
         return enough
 
+    def _alone(self, document: int) -> int:
+        """Tokens of a document's end that are to be filled up only as far as there is no room.
+
+        Then others do without this rank. 0 where ranks are too full for that to spare cuts.
+        """
+        stock, size = self.stock, self.stock.size[document]
+        if stock.tokens - self.tokens > EASY * self.later:
+            return 0
+        if stock.load[document] > self.work + self.over:
+            tail = self._tail(document, Filling(stock, [], 0))
+            dense = stock.tail(document, tail)
+        else:
+            tail, dense = size, stock.load[document] + self._densest(self.tokens - size, document)
+        easy = stock.tokens - tail <= EASY * self.later
+        fits = tail <= self.tokens and dense >= self.work - self.under
+        return tail if easy and fits else 0
+
     def _tail(self, document: int, filling: Filling) -> int:
         """How many tokens of a document's end make up the work, or as many as there are."""
-        stock, low, high = self.stock, 0, min(self.stock.size(document), self.tokens)
+        stock, low, high = self.stock, 0, min(self.stock.size[document], self.tokens)
         below = filling.work(self.tokens)
         above = stock.tail(document, high) + filling.work(self.tokens - high)
         near, straight = NEAR * self.over, True
@@ -268,16 +289,19 @@ class Rank:
         """Takes documents in this order, the last one in part only where it must."""
         stock = self.stock
         for document in filling.documents:
-            size, must = stock.size(document), self.least > 0
-            if self.tokens <= 0 or (not must and self.work < -self.over):
+            size, must = stock.size[document], self.least > 0
+            if self.tokens <= 0:
                 return
-            if size > self.tokens:
-                if not must and self.work <= self.under:
-                    return
-                if size > self.room or stock.load[document] > self.work + self.over:
-                    size = self.tokens
-            if size:
-                self._take(document, head=size)
+            if not size:
+                continue
+            heavy = stock.load[document] > self.work + self.over
+            if not must and (heavy or size > self.tokens) and self.work <= self.under:
+                return
+            if size > self.room or (size > self.tokens and heavy):
+                size = self.tokens
+            if not must and heavy:
+                size = min(size, stock.within(document, self.work))
+            self._take(document, head=size)
 
 
 def share(
@@ -294,12 +318,10 @@ def share(
         The parts of each rank. All have about equal work; if all rooms are needed they are full.
     """
     stock = Stock(lengths, work)
-    mean, later, begun = stock.work / len(rooms), sum(rooms), -1
+    mean, begun = stock.work / len(rooms), -1
     shares: list[list[Part]] = []
     for number, room in enumerate(rooms):
-        later -= room
-        least = max(0, stock.tokens - later)
-        rank = Rank(stock, room, least, len(rooms) - 1 - number, mean)
+        rank = Rank(stock, room, rooms[number + 1 :], mean)
         begun = rank.fill(begun)
         shares.append(rank.parts)
     return shares

@@ -14,8 +14,8 @@ from torch import Tensor
 from .transport import Handle, Incoming, Outgoing
 
 Result = TypeVar("Result")
-# Sender, receiver, number of the call, number of the message between the two in it.
-Address = tuple[int, int, int, int]
+# Sender, receiver, number of the message between the two.
+Address = tuple[int, int, int]
 
 
 class _Ended(Exception):
@@ -69,22 +69,20 @@ class _Underway:
     """What a rank waits for, and how it becomes what the call returns."""
 
     transport: SimulatedTransport
-    call: int
     sent: list[tuple[Tensor, int]]
-    receives: list[Incoming]
+    receives: list[tuple[Incoming, int]]
     finish: Callable[[list[Tensor]], list[Tensor]]
 
     def wait(self) -> list[Tensor]:
         for tensor, version in self.sent:
             assert tensor._version == version, "a tensor was written while it was being sent"
-        received, seen = [], Counter[int]()
-        for peer, length, like in self.receives:
+        received = []
+        for (peer, length, like), number in self.receives:
             shape = length, *like.shape[1:]
             if 0 in shape:
                 received.append(like.new_empty(shape))
                 continue
-            tensor = self.transport._receive(peer, self.call, seen[peer])
-            seen[peer] += 1
+            tensor = self.transport._receive(peer, number)
             assert tensor.shape == shape and tensor.dtype == like.dtype, (tensor.shape, shape)
             received.append(tensor)
         return self.finish(received)
@@ -97,7 +95,8 @@ class SimulatedTransport:
     rank: int
     size: int
     room: _Room
-    calls: int = 0
+    sent: Counter[int] = field(default_factory=Counter)
+    expected: Counter[int] = field(default_factory=Counter)
 
     def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
         """See `Transport`."""
@@ -123,17 +122,19 @@ class SimulatedTransport:
         receives: Sequence[Incoming],
         finish: Callable[[list[Tensor]], list[Tensor]],
     ) -> Handle:
-        self.calls += 1
-        numbers = Counter[int]()
         for peer, rows in sends:
             if rows.numel():
-                self.room.send((self.rank, peer, self.calls, numbers[peer]), rows)
-                numbers[peer] += 1
-        sent = [(rows, rows._version) for _, rows in sends]
-        return _Underway(self, self.calls, sent, list(receives), finish)
+                self.room.send((self.rank, peer, self.sent[peer]), rows)
+                self.sent[peer] += 1
+        coming = []
+        for incoming in receives:
+            coming.append((incoming, self.expected[incoming.peer]))
+            if incoming.length and 0 not in incoming.like.shape[1:]:
+                self.expected[incoming.peer] += 1
+        return _Underway(self, [(rows, rows._version) for _, rows in sends], coming, finish)
 
-    def _receive(self, sender: int, call: int, number: int) -> Tensor:
-        return self.room.receive(self.rank, (sender, self.rank, call, number))
+    def _receive(self, sender: int, number: int) -> Tensor:
+        return self.room.receive(self.rank, (sender, self.rank, number))
 
 
 def simulate(size: int, body: Callable[[SimulatedTransport], Result]) -> list[Result]:

@@ -50,7 +50,10 @@ class Handle(Protocol):
 
 
 class Transport(Protocol):
-    """What an exchange needs of the network; every rank makes the same calls in the same order."""
+    """What an exchange needs of the network.
+
+    Of messages both ends know; what is collective all ranks call in the same order.
+    """
 
     @property
     def rank(self) -> int:
@@ -110,6 +113,9 @@ class DistributedTransport:
         self.size = dist.get_world_size(group)
         # Gloo reduces on the host and has no reduce-scatter in every supported release.
         self.sums_locally = dist.get_backend(group) == "gloo"
+        if not self.sums_locally:
+            # The first call makes nccl's communicator, and may then not be some ranks' alone.
+            dist.barrier(group)
 
     def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
         """See `Transport`."""

@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 from longspan.attention.compression import Compression
-from longspan.attention.documents import Documents
 from longspan.attention.mechanism_settings import NsaSettings
+from longspan.kernels.windows import Windows
 from reference.compression import naive_compress
 from support.accuracy import assert_as_good_as
 from support.mechanisms import gradients, site
@@ -28,6 +28,11 @@ def random(settings, encode, where, seed=0):
     return compression
 
 
+def windows_of(given, cu=DOCUMENTS):
+    """What is compressed."""
+    return Windows.documents(cu, given.compress_length, given.compress_stride)
+
+
 def twin(x, given, own, cu=DOCUMENTS):
     return torch.cat([naive_compress(x[a:b], given, own) for a, b in pairwise(cu)])
 
@@ -40,7 +45,7 @@ def test_equals_the_twin(how, size, encode):
     compression = random(given, encode, where)
     own = dict(compression.named_parameters())
     x = torch.randn(63, where.groups, where.dim, dtype=torch.float64, requires_grad=True)
-    got, want = compression(x, Documents(DOCUMENTS)), twin(x, given, own)
+    got, want = compression(x, windows_of(given)), twin(x, given, own)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     leaves, dout = [x, *own.values()], torch.randn_like(want)
     for part, wanted in zip(
@@ -65,14 +70,14 @@ def test_parameters_start_as_a_mean_without_places_and_are_split_by_head():
 @pytest.mark.parametrize("how", KINDS)
 def test_heads_on_two_ranks_are_those_of_one(how):
     whole, half = random(settings(how), True, site()), site(heads=2, groups=1, all_heads=4)
-    x, documents = torch.randn(63, 2, 8, dtype=torch.float64), Documents(DOCUMENTS)
+    x, windows = torch.randn(63, 2, 8, dtype=torch.float64), windows_of(settings(how))
     for rank in range(2):
         part = random(settings(how), True, half)
         with torch.no_grad():
             for mine, full in zip(part.parameters(), whole.parameters(), strict=True):
                 mine.copy_(full[rank : rank + 1])
-        got = part(x[:, rank : rank + 1], documents)
-        torch.testing.assert_close(got, whole(x, documents)[:, rank : rank + 1])
+        got = part(x[:, rank : rank + 1], windows)
+        torch.testing.assert_close(got, whole(x, windows)[:, rank : rank + 1])
 
 
 @pytest.mark.parametrize("how", KINDS)
@@ -81,7 +86,7 @@ def test_float32_is_as_good_as_the_plain_computation(how):
     wide, narrow = random(given, True, site()), random(given, True, site(dtype=torch.float32))
     x = torch.randn(63, 2, 8).double()
     naive = twin(x.float(), given, dict(narrow.named_parameters()))
-    got = narrow(x.float(), Documents(DOCUMENTS))
+    got = narrow(x.float(), windows_of(given))
     assert got.dtype == torch.float32
     assert_as_good_as(naive, got, twin(x, given, dict(wide.named_parameters())))
 
@@ -89,10 +94,10 @@ def test_float32_is_as_good_as_the_plain_computation(how):
 def test_windows_are_not_written_out():
     tokens, given = 64 * 1024, settings("mlp", 256, 16)
     where = site(heads=2, groups=1, dim=64, dtype=torch.float32)
-    compression, documents = random(given, True, where), Documents([0, tokens])
+    compression, windows = random(given, True, where), windows_of(given, [0, tokens])
     x = torch.randn(tokens, 1, 64, requires_grad=True)
-    compression(x[:256], Documents([0, 256])).sum().backward()
+    compression(x[:256], windows_of(given, [0, 256])).sum().backward()
     with peak_growth() as growth:
-        compression(x, documents).sum().backward()
+        compression(x, windows).sum().backward()
     # The keys are 16 MiB. Windows that hold each token 16 times would be 256, their gradient too.
     assert growth.mib < 256, growth.mib

@@ -1,7 +1,10 @@
 """What each rank does in the tests of exchanges; spawned processes import it by name."""
 
 import torch
+from longspan.attention.pooling import pool_keys
+from longspan.kernels.mirror import Mirror
 from longspan.kernels.reach import Reach
+from longspan.kernels.windows import Windows
 from longspan.parallel.exchange import make_exchange
 from longspan.parallel.layout import make_layout
 from longspan.parallel.transport import DistributedTransport, Incoming, Outgoing
@@ -79,3 +82,28 @@ def gloo_transport(dtype):
     rows = torch.arange(transport.size, dtype=dtype)[:, None].expand(-1, 4) + transport.rank
     (summed,) = transport.reduce_scatter(rows).wait()
     return traded, gathered[:, 0, 0].tolist(), summed.tolist()
+
+
+def pooled_on_rank(layout, x, windows, how):
+    """What makes all windows of the whole tensor on a rank, each by its owner."""
+
+    def body(transport):
+        exchange = make_exchange("ring", layout, transport)
+        size = windows.length, windows.stride, windows.keys
+        of_rank = Windows(windows.starts_P, windows.stops_P, *size)
+        own = x[layout.index(transport.rank)]
+        return exchange.pooled(own, of_rank, lambda k, some: pool_keys(k, some, how))
+
+    return body
+
+
+def gloo_pooled(x, index_N):
+    """One real rank's windows and entries, and the gradient of its tokens."""
+    transport = DistributedTransport()
+    layout = make_layout("zigzag", LENGTH, transport.size)
+    index = layout.index(transport.rank)
+    own, exchange = x[index].requires_grad_(), make_exchange("ring", layout, transport)
+    windows, make = Windows.documents(DOCUMENTS, 6, 2), lambda k, w: pool_keys(k, w, "mean")
+    outs = exchange.pooled(own, windows, make), exchange.gather_some(own, Mirror(index_N))
+    (grad,) = torch.autograd.grad(outs, own, [torch.ones_like(out) for out in outs])
+    return [out.detach() for out in outs], (grad, index)

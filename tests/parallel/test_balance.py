@@ -163,6 +163,8 @@ def test_long_documents_among_short_ones_lie_on_neighbouring_ranks():
         start, stop = cu[document], cu[document + 1]
         late = sorted(set(owner[(start + stop) // 2 : stop]))
         assert late == list(range(late[0], late[0] + len(late))) and 2 <= len(late) <= 4
+        # One range each: short documents fill up the ranks.
+        assert sum(a != b for a, b in pairwise(owner[start:stop])) == len(ranks[document]) - 1
     # The others are whole, but for those that make a rank exactly full.
     assert sum(len(owning) > 1 for owning in ranks) <= 3 + 7
 

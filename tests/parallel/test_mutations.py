@@ -1,16 +1,24 @@
 """The exactness test of the exchanges fails where an exchange is wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from longspan.kernels.mirror import Mirror
 from longspan.kernels.reach import Reach
+from longspan.kernels.windows import Windows
 from longspan.parallel import ring, shards
+from longspan.parallel.entries import Entries
 from longspan.parallel.gathering import Gathering
-from longspan.tests.parallel import test_exchange
+from longspan.parallel.halo import Halo
+from longspan.parallel.layout import make_layout
+from longspan.parallel.ranges import Needs
+from longspan.tests.parallel import test_exchange, test_halo
 from longspan.tests.parallel.ranks import DOCUMENTS
 
 ARRIVING, INIT, SUM = ring.Ring._arriving, ring.Ring.__init__, Gathering.start_sum
 GATHERING, REACHED = Gathering.__init__, Reach.keys
+TRADE, PART, ENTRIES = Needs.trade, Windows.part, Entries.__init__
 
 
 def other_way_round(self):
@@ -66,3 +74,62 @@ def test_a_wrong_exchange_is_found(monkeypatch, kind, place, name, mutant):
     monkeypatch.setattr(place, name, mutant)
     with pytest.raises(AssertionError):
         test_exchange.test_any_number_of_ranks_is_exact_in_fp64(*case)
+
+
+def one_too_short(self, rank, distances):
+    """The last token of every halo is missing."""
+    trade = TRADE(self, rank, distances)
+    sends = [(peer, Mirror(rows.host[:-1])) for peer, rows in trade.sends]
+    receives = [(peer, tokens - 1) for peer, tokens in trade.receives]
+    parts = trade.index_S.split([tokens for _, tokens in trade.receives])
+    index_S = torch.cat([trade.index_S[:0], *(part[:-1] for part in parts)])
+    return trade._replace(sends=sends, receives=receives, index_S=index_S)
+
+
+def kept_here(self, dx_L, tokens):
+    """The gradients of a halo do not go home."""
+    places = self.places.host
+    own = places < tokens
+    return dx_L.new_zeros(tokens, *dx_L.shape[1:]).index_copy_(0, places[own], dx_L[own])
+
+
+def cells_of_its_own(self, rows, index_L):
+    """A rank adds up keys in another order than one rank would."""
+    return replace(PART(self, rows, index_L), given_C1=None)
+
+
+def without_the_order(self, index_N, groups, tokens):
+    """Entries come in ascending order and not in the wanted one."""
+    ENTRIES(self, index_N, groups, tokens)
+    self._back = Mirror(self._back.host.sort().values)
+
+
+def exact_pooling():
+    test_halo.check_pooled(make_layout("zigzag", 96, 4), Windows.documents(DOCUMENTS, 6, 2), 0)
+
+
+def equal_means():
+    windows = Windows.documents([0, 96], 32, 16)
+    test_halo.check_means(make_layout("striped", 96, 4), windows, torch.float32, 0)
+
+
+def exact_entries():
+    test_halo.check_entries(make_layout("zigzag", 96, 4), torch.tensor([191, 0, 77, 0, 100]))
+
+
+@pytest.mark.parametrize(
+    ("check", "place", "name", "mutant"),
+    [
+        (exact_pooling, Needs, "trade", one_too_short),
+        (exact_pooling, Halo, "send_back", kept_here),
+        (exact_pooling, Gathering, "start_sum", own_part_only),
+        (equal_means, Windows, "part", cells_of_its_own),
+        (exact_entries, Entries, "__init__", without_the_order),
+        (exact_entries, Gathering, "start_sum", own_part_only),
+    ],
+)
+def test_what_is_made_of_many_keys_in_a_wrong_way_is_found(monkeypatch, check, place, name, mutant):
+    check()
+    monkeypatch.setattr(place, name, mutant)
+    with pytest.raises(AssertionError):
+        check()

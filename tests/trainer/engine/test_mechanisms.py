@@ -2,6 +2,7 @@
 
 import pytest
 from support.cases import train, train_and_resume
+from support.grid import sample
 from support.mechanism_cases import MECHANISMS
 from support.tiny import tiny_run
 
@@ -43,17 +44,24 @@ def test_every_layout_and_recompute_equal_one_rank(worlds, name):
         assert relative(found[0], want) < 1e-5, (layout, found[0], want)
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(MECHANISMS))
-def test_context_ranks_beside_others(worlds, number, name):
-    """Twenty steps where no keys are chosen, else four. One context rank has a spare row."""
+EXCHANGES = ("auto", "all_gather", "ring", "fetch", "ulysses")
+BESIDE = [
+    (other, exchange, layout)
+    for number, exchange in enumerate(EXCHANGES)
+    for other in ("tensor", "pipeline")
+    for layout in [("zigzag", "striped", "balanced", "contiguous")[number % 4]]
+]
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_twenty_steps_of_context_ranks_beside_others(worlds, name):
+    """Recomputed, and one context rank has a spare row."""
     attention = {"stage__attention": MECHANISMS[name]}
-    other = ("tensor", "pipeline")[number % 2]
-    layout = ("zigzag", "striped", "balanced")[number % 3]
-    parallel = {other: 2, "context": 2, "exchange": "ring", "layout": layout}
     # A larger rate makes the last bit of a sum a percent of the loss in twenty steps.
-    how = (20, 1e-3) if name in ("dense", "window") else (4,)
-    want = worlds(1).run(train, tiny_run(ODD, **attention), *how)[0]
-    changed = tiny_run(ODD, **attention, recompute="full", stage__parallel=parallel)
-    found = worlds(4).run(train, changed, *how)
-    assert all(result == found[0] for result in found)
-    assert relative(found[0], want) < 1e-5, (found[0], want)
+    want = worlds(1).run(train, tiny_run(ODD, **attention), 20, 1e-3)[0]
+    for other, exchange, layout in sample(name, BESIDE, 1):
+        parallel = {other: 2, "context": 2, "exchange": exchange, "layout": layout}
+        changed = tiny_run(ODD, **attention, recompute="full", stage__parallel=parallel)
+        found = worlds(4).run(train, changed, 20, 1e-3)
+        assert all(result == found[0] for result in found)
+        assert relative(found[0], want) < 1e-5, (parallel, found[0], want)
