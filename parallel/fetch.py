@@ -105,14 +105,12 @@ class Fetch:
     ) -> tuple[Parcel, Handle]:
         """Sends gradients to the keys' owners, and starts to receive those of this rank's keys."""
         like = Parcel.pack([own.dk_SGD[:0], own.dv_SGV[:0]])
-        sends = []
-        for peer, places in trip.receives:
-            # A peer whose keys no row sees after all still waits for what it is told to.
-            flat = own.dk_SGD.new_zeros(len(places.host) * like.width)
-            if parts is not None:
-                sums = [parts.dk_SGD, parts.dv_SGV]
-                flat = Parcel.pack(sums, places.on(flat.device)).flat
-            sends.append(Outgoing(peer, flat))
+        # What no row sees has not come.
+        assert parts is not None or not trip.receives, trip.receives
+        sends = [] if parts is None else [
+            Outgoing(peer, Parcel.pack(parts[1:3], places.on(like.flat.device)).flat)
+            for peer, places in trip.receives
+        ]  # fmt: skip
         receives = [like.incoming(peer, len(rows.host)) for peer, rows in trip.sends]
         return like, self.transport.trade(sends, receives)
 
