@@ -17,8 +17,8 @@ def balanced_chunks(
     """The tokens of packed documents that each rank owns.
 
     All ranks own equally many tokens, or one more. Those of a long document lie on neighbouring
-    ranks, those of most short ones on one rank. No rank has 5% more pairs than the mean, if a
-    rank's tokens are many. The same arguments give the same answer on every rank.
+    ranks, those of most short ones on one rank. No rank has more pairs than 1.05 times the mean
+    and one token. The same arguments give the same answer on every rank.
 
     Args:
         cu_seqlens: Boundaries of the documents, ascending from 0; some may be empty.

@@ -108,7 +108,7 @@ class Rank:
     """One rank while it is filled.
 
     Args:
-        stock: What is left; its last token for this rank leaves it here.
+        stock: What is left; what this rank takes leaves it.
         room: Tokens that fit.
         later: Tokens that fit on each of the later ranks.
         mean: Work of all ranks at first, by their number.
@@ -275,7 +275,9 @@ class Rank:
         near, straight = NEAR * self.over, True
         while high - low > 1 and above > self.work + near:
             # Work grows nearly linearly with tokens, but not everywhere: halving always ends.
-            share = (self.work + near / 2 - below) / (above - below) if straight else 0.5
+            share = 0.5
+            if straight and above > below:
+                share = (self.work + near / 2 - below) / (above - below)
             middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
             work = stock.tail(document, middle) + filling.work(self.tokens - middle)
             if work < self.work:

@@ -135,6 +135,13 @@ def test_ranks_are_balanced_better_than_by_megatron(benchmark, name, per_rank, l
         assert len(plan.micro_batches) == -(-sum(lengths) // (RANKS * CAPACITY))
 
 
+def test_few_documents_are_cut_where_there_is_room(benchmark):
+    lengths = benchmark.draw("prolong64k", 16 * RANKS, 3, RANKS * CAPACITY)
+    plan = schedule(lengths, RANKS, CAPACITY, DocumentCost(pair=1, token=4096))
+    cuts = sum(degree - 1 for degree in plan.degrees().values())
+    assert cuts <= 1.1 * RANKS * len(plan.micro_batches)
+
+
 def test_balance_is_the_work_of_the_mean_rank_by_that_of_the_slowest():
     plan = schedule([8, 1, 1], 1, 10, COSTS["tokens"])
     assert plan.balance(COSTS["tokens"]) == 1.0
