@@ -179,7 +179,7 @@ class Engine:
             iter([batch]), 1, forward_only=True, tokens=len(sample.tokens_T)
         )
         self.chunk.train()
-        return reports[0][2][: batch.tokens] if reports else None
+        return batch.own(reports[0][2]) if reports else None
 
     def _builder(self) -> BatchBuilder:
         """What makes this rank's micro-batches."""
