@@ -198,7 +198,7 @@ class Engine:
             iter([batch]), 1, forward_only=True, tokens=len(sample.tokens_T)
         )
         self.chunk.train()
-        return reports[0][2][: batch.tokens] if reports else None
+        return batch.own(reports[0][2]) if reports else None
 
     def _choose(self) -> ExchangeChoice:
         """The exchange of the context ranks, the same one on all of them."""

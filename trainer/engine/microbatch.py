@@ -53,6 +53,11 @@ class MicroBatch(PackedSeqParams):
         """This context rank's tokens: the first rows."""
         return len(self.attention.positions_T)
 
+    def own(self, x_R: torch.Tensor) -> torch.Tensor:
+        """The rows of a tensor that are tokens."""
+        # A slice of everything would be copied in the backward.
+        return x_R if len(x_R) == self.tokens else x_R[: self.tokens]
+
     def context(self, layer: int, *, training: bool, learns: bool, twice: bool) -> Context:
         """What a layer attends in.
 

@@ -228,7 +228,7 @@ class LongModel(GPTModel):
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Logits [T, vocabulary] of this context rank's tokens; for evaluation and tests."""
         hidden = self._hidden(batch)
-        part = self._gathered(hidden)[: batch.tokens, 0] @ self._output_weight().T
+        part = batch.own(self._gathered(hidden)[:, 0]) @ self._output_weight().T
         return gather_from_tensor_model_parallel_region(part)[:, : self.real_vocab]
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:

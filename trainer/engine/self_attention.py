@@ -115,15 +115,15 @@ class SelfAttention(MegatronModule):
         """Attention output [S, 1, E] of the normalised layer input [S, 1, E], and no bias."""
         qkv, _bias = self.linear_qkv(hidden_states)
         layer, batch = self.layer_number - 1, packed_seq_params
-        rows, tokens, width = qkv.shape[0], batch.tokens, self.head_width
-        qkv_TGXD = qkv.view(rows, -1, self.heads_per_group + 2, width)[:tokens]
+        rows, width = qkv.shape[0], self.head_width
+        qkv_TGXD = batch.own(qkv.view(rows, -1, self.heads_per_group + 2, width))
         q_THD = qkv_TGXD[:, :, :-2].flatten(1, 2)
         k_TGD, v_TGD = qkv_TGXD[:, :, -2], qkv_TGXD[:, :, -1]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q_THD, k_TGD = self.q_layernorm(q_THD), self.k_layernorm(k_TGD)
         hidden_TE = None
         if self.attention.needs_hidden:
-            hidden_TE = self._gathered(hidden_states)[:tokens, 0]
+            hidden_TE = batch.own(self._gathered(hidden_states)[:, 0])
         if batch.cache is not None:
             k_TGD, v_TGD, hidden_TE = batch.cache.extend(layer, k_TGD, v_TGD, hidden_TE)
         twice = self.training and self.config.recompute_granularity == "full"
@@ -136,8 +136,8 @@ class SelfAttention(MegatronModule):
         )
         out_THD = self.attention(hidden_TE, q_THD, k_TGD, v_TGD, ctx)
         out_RO = out_THD.flatten(1)
-        if rows > tokens:
-            out_RO = F.pad(out_RO, (0, 0, 0, rows - tokens))
+        if len(out_RO) < rows:
+            out_RO = F.pad(out_RO, (0, 0, 0, rows - len(out_RO)))
         return self.linear_proj(out_RO[:, None])
 
     def sharded_state_dict(
