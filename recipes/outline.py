@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..attention.catalogue import words
 from ..trainer.data.settings import LocalTokenizer
-from ..trainer.exchange_choice import choose_exchange
+from ..trainer.exchange_choice import ExchangeChoice, choose_exchange
 from ..trainer.parameters import attention_parameters, count_parameters
 from ..trainer.plan import plan_stage
 from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
@@ -26,7 +26,7 @@ def outline(checked: CheckedRecipe) -> RenderableType:
         title.append(f"  {recipe.summary}", style="not bold")
     warnings = [Text(f"warning: {text}", style="yellow") for text in checked.warnings]
     lines = [Text(line(checked)) for line in (_model, _tokenizer, _ranks)]
-    return Group(title, *lines, Text(), _stages(checked), *warnings)
+    return Group(title, *lines, Text(), _stages(checked), *_reasons(checked), *warnings)
 
 
 def exact(number: int) -> str:
@@ -115,21 +115,34 @@ def _rate(optimizer: OptimizerSettings) -> str:
     return f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.schedule}"
 
 
-def _exchange(checked: CheckedRecipe, stage: StageSettings) -> str:
+def _choice(checked: CheckedRecipe, stage: StageSettings) -> ExchangeChoice:
     """How keys meet queries of other context ranks, and where that was chosen, why."""
-    if stage.parallel.context == 1:
-        return "-"
     machine, wire = checked.machine, 2 if checked.recipe.precision == "bf16" else 4
-    choice = choose_exchange(
+    return choose_exchange(
         checked.recipe.model,
         stage,
         node=machine.local or machine.gpus or checked.ranks,
         gpu=machine.gpus > 0,
         wire=wire,
     )
+
+
+def _exchange(checked: CheckedRecipe, stage: StageSettings) -> str:
+    if stage.parallel.context == 1:
+        return "-"
+    choice = _choice(checked, stage)
     nodes = f" over {choice.inner}" if choice.inner > 1 else ""
-    reason = f" (auto: {choice.reason})" if choice.reason else ""
-    return f"{choice.kind}{nodes}, {stage.parallel.layout}{reason}"
+    return f"{choice.kind}{nodes}, {stage.parallel.layout}"
+
+
+def _reasons(checked: CheckedRecipe) -> list[Text]:
+    """Why an exchange was chosen, for each stage that leaves it open."""
+    chosen = [(stage, _choice(checked, stage)) for stage in checked.recipe.stages]
+    return [
+        Text(f"exchange of {stage.name}: auto, {choice.reason}")
+        for stage, choice in chosen
+        if choice.reason
+    ]
 
 
 def _layout(stage: StageSettings, data: int) -> str:

@@ -97,6 +97,50 @@ CASES = {
         "stages.0.batch_tokens",
         "micro_batch 4 x 2 data-parallel ranks",
     ),
+    "nodes that do not divide context": (
+        ["ranks=6", stage("parallel={context: 6, exchange: double_ring, inner: 4}")],
+        "stages.1.parallel.inner",
+        "a divisor of context (6) between 1 and 6; inner: 2 or 3",
+    ),
+    "two dimensions without nodes": (
+        ["ranks=4", stage("parallel={context: 4, exchange: two_d}")],
+        "stages.1.parallel.inner",
+        "nothing; a divisor of context (4) between 1 and 4; inner: 2",
+    ),
+    "no room for two dimensions": (
+        [stage("parallel={context: 2, exchange: two_d, inner: 2}")],
+        "stages.1.parallel.inner",
+        "exchange: ring or ulysses",
+    ),
+    "nodes of a ring": (
+        [stage("parallel={context: 2, exchange: ring, inner: 2}")],
+        "stages.1.parallel.inner",
+        "no such setting: exchange ring knows no nodes",
+    ),
+    "nodes that auto finds": (
+        [stage("parallel={context: 2, inner: 2}")],
+        "stages.1.parallel.inner",
+        "no such setting: exchange auto chooses it",
+    ),
+    "between the nodes of a ring": (
+        [stage("parallel={context: 2, exchange: ring, across: ring}")],
+        "stages.1.parallel.across",
+        "exchange: two_d",
+    ),
+    "more ranks than heads": (
+        [
+            "ranks=8",
+            "stages.0.parallel.context=8",
+            stage("parallel={context: 8, exchange: ulysses}"),
+        ],
+        "stages.1.parallel.context",
+        "at most the 6 query heads of a tensor rank, which ulysses divides; context: 6 or less",
+    ),
+    "what ulysses keeps anyway": (
+        [stage("parallel={context: 2, exchange: ulysses, keep_keys: true}")],
+        "stages.1.parallel.keep_keys",
+        "ulysses always keeps",
+    ),
     "ranks": (["ranks=3"], "stages.1.parallel", "context 2 = 2 ranks; a divisor of"),
     "no decay": (
         [stage("optimizer.decay=0.5")],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from longspan.attention.settings import RopeSettings
 from longspan.parallel.volume import Call, volume_of
+from longspan.trainer.exchange_choice import choose_exchange
 from longspan.recipes.loading import load_recipe
 from longspan.trainer.observe.events import read_events
 
@@ -98,7 +99,8 @@ def test_a_step_reports_what_its_ranks_sent(straight):
     assert model.hidden is not None and model.heads is not None
     groups, dim = model.query_groups or model.heads, model.hidden // model.heads
     parallel, call = stage.parallel, Call(model.heads, groups, dim, dim, wire=4)
-    of_layer = sum(volume_of(parallel.exchange, [tokens] * parallel.context, 0, call))
+    choice = choose_exchange(model, stage, node=parallel.context, gpu=False, wire=4)
+    of_layer = sum(volume_of(choice.kind, [tokens] * parallel.context, 0, call))
     micro_batches = stage.batch_tokens // (stage.length * stage.micro_batch)
     events = [e for e in read_events(straight[0] / "events.jsonl") if e["event"] == "step"]
     want = {step: model.layers * of_layer * micro_batches if step > 8 else 0 for step in range(17)}
