@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from longspan.attention.settings import RopeSettings
 from longspan.parallel.volume import Call, volume_of
-from longspan.trainer.exchange_choice import choose_exchange
 from longspan.recipes.loading import load_recipe
+from longspan.trainer.exchange_choice import choose_exchange
 from longspan.trainer.observe.events import read_events
 
 SMOKE = [sys.executable, "-m", "longspan.cli", "train", "smoke"]
