@@ -133,10 +133,12 @@ def _first_fit(lengths: Sequence[int], order: Sequence[int], most: int) -> list[
     groups, left = list[list[int]](), list[int]()
     for document in order:
         size = lengths[document]
-        at = next((at for at, room in enumerate(left) if size <= room), len(groups))
-        if at == len(groups):
-            groups.append([])
-            left.append(most)
-        groups[at].append(document)
-        left[at] -= size
+        for at, room in enumerate(left):
+            if size <= room:
+                groups[at].append(document)
+                left[at] = room - size
+                break
+        else:
+            groups.append([document])
+            left.append(most - size)
     return groups

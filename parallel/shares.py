@@ -86,11 +86,12 @@ class Filling:
     def __init__(self, stock: Stock, documents: Iterable[int], tokens: int) -> None:
         self.stock, self.documents = stock, list[int]()
         self._tokens, self._work = [0], [0.0]
-        have, load = 0, 0.0
+        have, load, sizes, loads = 0, 0.0, stock.size, stock.load
         for document in documents:
             if have >= tokens:
                 break
-            have, load = have + stock.size[document], load + stock.load[document]
+            have += sizes[document]
+            load += loads[document]
             self.documents.append(document)
             self._tokens.append(have)
             self._work.append(load)
@@ -110,18 +111,19 @@ class Rank:
     Args:
         stock: What is left; what this rank takes leaves it.
         room: Tokens that fit.
-        later: Tokens that fit on each of the later ranks.
+        later: Tokens that fit on the later ranks.
+        left: Ranks that are left, this one among them.
         mean: Work of all ranks at first, by their number.
     """
 
-    def __init__(self, stock: Stock, room: int, later: Sequence[int], mean: float) -> None:
-        self.stock, self.room, self.later = stock, room, sum(later)
-        self.least = max(0, stock.tokens - self.later)
-        self.work = stock.work / (len(later) + 1)
+    def __init__(self, stock: Stock, room: int, later: int, left: int, mean: float) -> None:
+        self.stock, self.room, self.later = stock, room, later
+        self.least = max(0, stock.tokens - later)
+        self.work = stock.work / left
         self.over = SLACK * mean
         # Less where earlier ranks did too little, or that adds up in the last ones.
         self.under = min(max(mean + self.over - self.work, 0.0), self.over)
-        self.tokens = min(room, max(self.least, -(-stock.tokens // (len(later) + 1))))
+        self.tokens = min(room, max(self.least, -(-stock.tokens // left)))
         self.parts: list[Part] = []
 
     def fill(self, begun: int) -> int:
@@ -322,8 +324,10 @@ def share(
     stock = Stock(lengths, work)
     mean, begun = stock.work / len(rooms), -1
     shares: list[list[Part]] = []
+    later = sum(rooms)
     for number, room in enumerate(rooms):
-        rank = Rank(stock, room, rooms[number + 1 :], mean)
+        later -= room
+        rank = Rank(stock, room, later, len(rooms) - number, mean)
         begun = rank.fill(begun)
         shares.append(rank.parts)
     return shares
