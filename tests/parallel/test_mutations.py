@@ -7,18 +7,20 @@ import torch
 from longspan.kernels.mirror import Mirror
 from longspan.kernels.reach import Reach
 from longspan.kernels.windows import Windows
-from longspan.parallel import ring, shards
+from longspan.parallel import layout, ring, shards
 from longspan.parallel.entries import Entries
 from longspan.parallel.gathering import Gathering
 from longspan.parallel.halo import Halo
+from longspan.parallel.head_trade import HeadTrade
 from longspan.parallel.layout import make_layout
 from longspan.parallel.ranges import Needs
-from longspan.tests.parallel import test_exchange, test_halo
+from longspan.tests.parallel import test_exchange, test_halo, test_layout
 from longspan.tests.parallel.ranks import DOCUMENTS
 
 ARRIVING, INIT, SUM = ring.Ring._arriving, ring.Ring.__init__, Gathering.start_sum
 GATHERING, REACHED = Gathering.__init__, Reach.keys
 TRADE, PART, ENTRIES = Needs.trade, Windows.part, Entries.__init__
+TRADING, IN_TURN = HeadTrade.__init__, layout._in_turn
 
 
 def other_way_round(self):
@@ -57,6 +59,22 @@ def own_part_only(self, parts_S):
     return lambda: [part[index] for part in parts_S]
 
 
+def one_too_short(self, rank, distances):
+    """The last token of every halo is missing."""
+    trade = TRADE(self, rank, distances)
+    sends = [(peer, Mirror(rows.host[:-1])) for peer, rows in trade.sends]
+    receives = [(peer, tokens - 1) for peer, tokens in trade.receives]
+    parts = trade.index_S.split([tokens for _, tokens in trade.receives])
+    index_S = torch.cat([trade.index_S[:0], *(part[:-1] for part in parts)])
+    return trade._replace(sends=sends, receives=receives, index_S=index_S)
+
+
+def tokens_by_rank(self, transport, members):
+    """Tokens that were traded for heads stay in the order of ranks."""
+    TRADING(self, transport, members)
+    self._order = Mirror(torch.arange(len(self.index_N)))
+
+
 @pytest.mark.parametrize(
     ("kind", "place", "name", "mutant"),
     [
@@ -66,6 +84,10 @@ def own_part_only(self, parts_S):
         ("ring", Reach, "keys", without_the_last),
         ("all_gather", Gathering, "__init__", by_rank),
         ("all_gather", Gathering, "start_sum", own_part_only),
+        ("double_ring", ring.Ring, "_arriving", other_way_round),
+        ("fetch", Needs, "trade", one_too_short),
+        ("ulysses", HeadTrade, "__init__", tokens_by_rank),
+        ("two_d_ring", HeadTrade, "__init__", tokens_by_rank),
     ],
 )
 def test_a_wrong_exchange_is_found(monkeypatch, kind, place, name, mutant):
@@ -74,16 +96,6 @@ def test_a_wrong_exchange_is_found(monkeypatch, kind, place, name, mutant):
     monkeypatch.setattr(place, name, mutant)
     with pytest.raises(AssertionError):
         test_exchange.test_any_number_of_ranks_is_exact_in_fp64(*case)
-
-
-def one_too_short(self, rank, distances):
-    """The last token of every halo is missing."""
-    trade = TRADE(self, rank, distances)
-    sends = [(peer, Mirror(rows.host[:-1])) for peer, rows in trade.sends]
-    receives = [(peer, tokens - 1) for peer, tokens in trade.receives]
-    parts = trade.index_S.split([tokens for _, tokens in trade.receives])
-    index_S = torch.cat([trade.index_S[:0], *(part[:-1] for part in parts)])
-    return trade._replace(sends=sends, receives=receives, index_S=index_S)
 
 
 def kept_here(self, dx_L, tokens):
@@ -133,3 +145,23 @@ def test_what_is_made_of_many_keys_in_a_wrong_way_is_found(monkeypatch, check, p
     monkeypatch.setattr(place, name, mutant)
     with pytest.raises(AssertionError):
         check()
+
+
+def one_chunk_later(sizes):
+    """Every chunk is taken to begin one token later."""
+    return [(start + 1, stop + 1) for start, stop in IN_TURN(sizes)]
+
+
+def last_token_dropped(sizes):
+    """The last token of a sequence is nobody's."""
+    *others, (start, stop) = IN_TURN(sizes)
+    return [*others, (start, stop - 1)]
+
+
+@pytest.mark.parametrize("mutant", [one_chunk_later, last_token_dropped])
+def test_a_wrong_zigzag_is_found(monkeypatch, mutant):
+    case = "zigzag", 3, 48
+    test_layout.test_every_token_has_one_owner_and_ranks_own_equally_many(*case)
+    monkeypatch.setattr(layout, "_in_turn", mutant)
+    with pytest.raises(AssertionError):
+        test_layout.test_every_token_has_one_owner_and_ranks_own_equally_many(*case)
