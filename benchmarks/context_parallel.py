@@ -97,8 +97,13 @@ def ours(kind: str, layout: Layout, cu: list[int], transport: Any, how: Any) -> 
     return run
 
 
-def theirs(tokens: int) -> Callable[[], Any]:
-    """PyTorch's ring over all ranks, causal, balanced head to tail."""
+def theirs(tokens: int, rotate: str) -> Callable[[], Any]:
+    """PyTorch's ring over all ranks, causal, balanced head to tail.
+
+    Args:
+        tokens: Of a rank.
+        rotate: `alltoall` for a ring, `allgather` for what PyTorch does unless told otherwise.
+    """
     from torch.distributed.tensor.experimental._context_parallel import _attention as peer
 
     q, k, v, dout = (x.transpose(0, 1)[None].contiguous() for x in tensors(tokens))
@@ -107,6 +112,7 @@ def theirs(tokens: int) -> Callable[[], Any]:
     backward = ops._scaled_dot_product_flash_attention_for_cpu_backward
 
     def run() -> None:
+        peer.set_rotate_method(rotate)
         out, lse = peer._templated_ring_attention(
             group, 2, forward, query=q, key=k, value=v, is_causal=True, dropout_p=0.0
         )[:2]
@@ -145,7 +151,11 @@ def on_ranks(rank: int, store: str, args: argparse.Namespace, results: Any) -> N
     rows = []
     for title, (cu, kind) in cases.items():
         layout = layout_of(kind, cu, RANKS)
-        runs = {"PyTorch's ring": theirs(cu[-1] // RANKS)}
+        tokens = cu[-1] // RANKS
+        runs = {
+            "PyTorch's ring": theirs(tokens, "alltoall"),
+            "PyTorch's ring, gathered": theirs(tokens, "allgather"),
+        }
         for name, how in EXCHANGES.items():
             runs[name] = ours(name, layout, cu, transport, how)
         seconds = seconds_of(runs, args.turns)
@@ -211,7 +221,7 @@ def main() -> None:
         torch.multiprocessing.spawn(on_ranks, (f"{folder}/store", args, results), RANKS)
     beside = results.get()
     for row in beside:
-        print(f"{row['case']:<18} {row['exchange']:<15} {row['times_pytorch']:.2f}x PyTorch's ring")
+        print(f"{row['case']:<18} {row['exchange']:<25} {row['times_pytorch']:.2f}x PyTorch's ring")
     torch.set_num_threads(1)
     result = {
         "beside_pytorch": beside,

@@ -1,14 +1,16 @@
 """Auto: which exchange will be the fastest, from bytes, pairs and wires. No torch.
 
-An estimate to choose by, not a promise: bytes are exact, and rates and overlap are assumed.
+An estimate to choose by, not a promise: rates, overlap and what is fetched are assumed; other bytes
+are exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .heads import split_heads
 from .volume import Call, Volume, volume_of
 
 
@@ -43,7 +45,9 @@ class Work:
     Attributes:
         sizes: Tokens of each context rank.
         call: What travels.
-        pairs: Visible (query, key) pairs of a rank, over its query heads.
+        pairs: Visible (query, key) pairs of the mean rank, over its query heads.
+        busiest: Of the parts that the tokens are in, by their number, the busiest one's pairs over
+            the mean one's.
         reached: The share of the other ranks' keys that some query of a rank reaches.
         cutting: How much longer attention takes where its keys come in many parts.
         sorting: How much longer it takes for each further part, as choices are sorted for it.
@@ -52,6 +56,7 @@ class Work:
     sizes: Sequence[int]
     call: Call
     pairs: float
+    busiest: Callable[[int], float]
     reached: float
     cutting: float
     sorting: float = 0.0
@@ -112,7 +117,11 @@ def _predict(candidate: Candidate, work: Work, node: int, wires: Wires) -> Predi
     kind, inner = candidate
     ranks, call = len(work.sizes), work.call
     parts = {"all_gather": 1, "ulysses": 1, "two_d": ranks // inner}.get(kind, ranks)
-    products = 3.5 * 2 * work.pairs * (call.dim + call.value_dim)
+    team = {"ulysses": ranks, "two_d": inner}.get(kind, 1)
+    shares = split_heads(call.heads, call.groups, team)
+    widest = max(share.widths[0] for share in shares) * team / call.heads
+    pairs = work.pairs * work.busiest(ranks // team) * widest
+    products = 3.5 * 2 * pairs * (call.dim + call.value_dim)
     slower = 1 + work.cutting * (1 - 1 / parts) + work.sorting * (parts - 1)
     computing = products / wires.flops * slower
     # The part that is there at once, or that comes first, hides nothing and is not hidden.
@@ -132,10 +141,9 @@ def _predict(candidate: Candidate, work: Work, node: int, wires: Wires) -> Predi
         travelling, heads = sent / wire, call.groups
         waiting = max(travelling / heads, travelling - computing * (heads - 1) / heads)
     elif kind == "double_ring":
-        # A shard has `inner` steps to reach the next node.
-        per_step = sent / ranks
-        travelling = sent / wires.inside + per_step * (ranks / inner) / wires.outside
-        waiting = max(0.0, travelling - hidden)
+        # What crosses comes after the first hop inside, and is needed a round later.
+        crossing = sent / ranks / wires.outside - computing / ranks
+        waiting = max(0.0, sent / wires.inside - hidden) + ranks / inner * max(0.0, crossing)
     else:
         waiting = max(0.0, sent / wire - hidden)
     waiting += messages

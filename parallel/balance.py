@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from .layout import merged
 from .shares import share
 
 
@@ -42,14 +43,5 @@ def balanced_chunks(
     owned: list[tuple[tuple[int, int], ...]] = []
     for parts in share(lengths, pairs, rooms):
         ranges = [(cu_seqlens[d] + first, cu_seqlens[d] + last) for d, first, last in parts]
-        owned.append(_merged(ranges))
+        owned.append(merged(ranges))
     return tuple(owned)
-
-
-def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and merged[-1][1] == start:
-            start, _ = merged.pop()
-        merged.append((start, stop))
-    return tuple(merged)

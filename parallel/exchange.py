@@ -105,7 +105,7 @@ class Exchange:
     ) -> tuple[Tensor, Tensor]:
         """Exact attention over the whole sequence: local queries in, local output out.
 
-        Differentiable in all tensors. Keeps q, k, v, the output and the lse, all local.
+        Differentiable in all tensors. Keeps what the method attended with, see `Kept`.
 
         Args:
             q_THD: The rank's queries.
@@ -156,8 +156,9 @@ def make_exchange(
         return Exchange(Local())
     assert transport is not None and transport.size == layout.ranks, (layout.ranks, transport)
     assert layout.ranks % inner == 0, (layout.ranks, inner)
+    gathering = Gathering(layout, transport)
     makers: dict[ExchangeKind, Callable[[], Method]] = {
-        "all_gather": lambda: AllGather(Gathering(layout, transport), keeps=keeps),
+        "all_gather": lambda: AllGather(gathering, keeps=keeps),
         "ring": lambda: Ring(layout, transport, ring(layout.ranks), keeps=keeps),
         "double_ring": lambda: Ring(
             layout, transport, double_ring(layout.ranks, inner), keeps=keeps
@@ -166,7 +167,7 @@ def make_exchange(
         "ulysses": lambda: _ulysses(layout, transport, layout.ranks, "ring", keeps),
         "two_d": lambda: _ulysses(layout, transport, inner, across, keeps),
     }
-    return Exchange(makers[kind](), Gathering(layout, transport))
+    return Exchange(makers[kind](), gathering)
 
 
 def _ulysses(

@@ -7,6 +7,7 @@ numbers of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,15 +29,22 @@ class Gathering:
     def __init__(self, layout: Layout, transport: Transport) -> None:
         self.layout, self.transport = layout, transport
         self._tokens = layout.sizes[transport.rank]
-        rows_PR = torch.zeros(layout.ranks, layout.largest, dtype=torch.int64)
-        for rank, size in enumerate(layout.sizes):
-            rows_PR[rank, :size] = layout.index(rank)
-        # A spare row is token 0 again, which its receiver does not read.
-        self._rows = Mirror(rows_PR.flatten())
-        at_PR = torch.arange(rows_PR.numel()).view_as(rows_PR)
-        owned = [at_PR[rank, :size] for rank, size in enumerate(layout.sizes)]
-        index = torch.cat([layout.index(rank) for rank in range(layout.ranks)])
-        self._places = Mirror(torch.empty_like(index).index_copy_(0, index, torch.cat(owned)))
+
+    @cached_property
+    def _rows(self) -> Mirror:
+        """The token of each row that all ranks send. A spare one is token 0, and not read."""
+        rows_PR = torch.zeros(self.layout.ranks, self.layout.largest, dtype=torch.int64)
+        for rank, size in enumerate(self.layout.sizes):
+            rows_PR[rank, :size] = self.layout.index(rank)
+        return Mirror(rows_PR.flatten())
+
+    @cached_property
+    def _places(self) -> Mirror:
+        """The row of each token."""
+        sizes, largest = self.layout.sizes, self.layout.largest
+        owned = [torch.arange(size) + rank * largest for rank, size in enumerate(sizes)]
+        index = torch.cat([self.layout.index(rank) for rank in range(self.layout.ranks)])
+        return Mirror(torch.cat(owned)[index.argsort()])
 
     def start(self, x_T: Tensor) -> Callable[[], Tensor]:
         """Starts to gather; call what it returns for all ranks' tokens in global order, [S, ...].

@@ -1,4 +1,4 @@
-"""Imbalance: how much more attention the busiest context rank has than the mean rank. On the host.
+"""Imbalance: how much attention each context rank has of a micro-batch. On the host.
 
 Shapes: T tokens of a rank, N runs of neighbouring tokens within a document.
 """
@@ -15,20 +15,14 @@ from .layout import Layout
 Pairs = Callable[[int], float]
 
 
-def imbalance(layout: Layout, cu_seqlens: Tensor | Sequence[int], pairs: Pairs) -> float:
-    """The largest over the mean of the ranks' visible (query, key) pairs; 1 is balanced.
+def loads_of(layout: Layout, cu_seqlens: Tensor | Sequence[int], pairs: Pairs) -> list[float]:
+    """The visible (query, key) pairs of each rank's tokens.
 
     Args:
         layout: Which tokens each rank owns.
         cu_seqlens: Boundaries of the documents, ascending from 0.
         pairs: The visible pairs of a document's first tokens, by their number.
     """
-    loads = loads_of(layout, cu_seqlens, pairs)
-    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
-
-
-def loads_of(layout: Layout, cu_seqlens: Tensor | Sequence[int], pairs: Pairs) -> list[float]:
-    """The visible pairs of each rank's tokens; the arguments are those of `imbalance`."""
     cu = torch.as_tensor(cu_seqlens, dtype=torch.int64)
     return [_load(layout.index(rank), cu, pairs) for rank in range(layout.ranks)]
 

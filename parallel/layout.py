@@ -64,7 +64,7 @@ class Layout:
         """
         return Layout(
             self.length,
-            tuple(_merged(chunk for rank in group for chunk in self.chunks[rank])
+            tuple(merged(chunk for rank in group for chunk in self.chunks[rank])
                   for group in groups),
         )  # fmt: skip
 
@@ -82,13 +82,13 @@ def make_layout(kind: LayoutKind, length: int, ranks: int) -> Layout:
     """
     sizes = [length // ranks + (rank < length % ranks) for rank in range(ranks)]
     if ranks == 1 or kind == "contiguous":
-        return Layout(length, tuple(_merged([chunk]) for chunk in _in_turn(sizes)))
+        return Layout(length, tuple(merged([chunk]) for chunk in _in_turn(sizes)))
     if kind == "zigzag":
         halves = [(size + 1) // 2 for size in sizes]
         late = [size - half for size, half in zip(sizes, halves, strict=True)]
         bounds = _in_turn(halves + late[::-1])
         pairs = zip(bounds[:ranks], bounds[:-ranks - 1:-1], strict=True)  # fmt: skip
-        return Layout(length, tuple(map(_merged, pairs)))
+        return Layout(length, tuple(map(merged, pairs)))
     return Layout(length, _stripes(length, ranks))
 
 
@@ -111,7 +111,7 @@ def _stripes(length: int, ranks: int) -> tuple[tuple[Chunk, ...], ...]:
     rounds, rest = divmod(length, width * ranks)
     last = [rest // ranks + (rank < rest % ranks) for rank in range(ranks)]
     bounds = _in_turn([width] * (rounds * ranks) + last)
-    return tuple(_merged(bounds[rank::ranks]) for rank in range(ranks))
+    return tuple(merged(bounds[rank::ranks]) for rank in range(ranks))
 
 
 def _in_turn(sizes: Sequence[int]) -> list[Chunk]:
@@ -119,12 +119,12 @@ def _in_turn(sizes: Sequence[int]) -> list[Chunk]:
     return list(pairwise(accumulate(sizes, initial=0)))
 
 
-def _merged(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+def merged(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
     """Ascending chunks, without empty ones, neighbours as one."""
-    merged: list[Chunk] = []
+    found: list[Chunk] = []
     for start, stop in sorted(chunk for chunk in chunks if chunk[0] < chunk[1]):
-        if merged and merged[-1][1] == start:
-            merged[-1] = merged[-1][0], stop
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
         else:
-            merged.append((start, stop))
-    return tuple(merged)
+            found.append((start, stop))
+    return tuple(found)

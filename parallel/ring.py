@@ -57,18 +57,20 @@ class Ring:
         _, own = next(found)
         assert own is not None
         sums = Parcel.pack([own.dk_SGD, own.dv_SGV])
+        dq_THD, dsink_H = own.dq_THD, own.dsink_H
+        del own  # or its dk and dv would be there beside their copy
         coming = self._send_home(0, sums)
         for step in range(1, self.route.steps):
             shard, parts = next(found)
             sums = sums.of(*coming.wait())
             if parts is not None:
-                own.dq_THD[shard.rows] += parts.dq_THD
+                dq_THD[shard.rows] += parts.dq_THD
                 _add(sums, parts)
             # Before the next ones are there as well.
             del parts
             coming = self._send_home(step, sums)
         dk_TGD, dv_TGV = sums.of(*coming.wait()).tensors
-        return own._replace(dk_SGD=dk_TGD, dv_SGV=dv_TGV)
+        return Gradients(dq_THD, dk_TGD, dv_TGV, dsink_H)
 
     def _send_home(self, step: int, sums: Parcel) -> Handle:
         """Sends the sums of the shard of a step on, and starts to receive those of the next."""

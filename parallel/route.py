@@ -69,8 +69,8 @@ def ring(ranks: int) -> Route:
 def double_ring(ranks: int, inner: int) -> Route:
     """Shards go round inside of a node, and meanwhile on to the next node.
 
-    Double-ring attention (LoongTrain, arXiv 2406.18485): what crosses nodes has as long for it as
-    `inner` steps take.
+    Double-ring attention (LoongTrain, arXiv 2406.18485): what crosses nodes leaves `inner` steps
+    before it is needed.
 
     Args:
         ranks: Context ranks, a multiple of `inner`.

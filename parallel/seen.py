@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -36,16 +36,13 @@ class Seen:
             groups: All key-value heads.
         """
         blocks, sink_H = self.blocks, self.sink_H
-        if blocks is not None:
+        if blocks is not None and blocks.ids_QCN.shape[1] > 1:
             # Once: what is sorted in a forward is used again in its backward.
-            key = "share", *share.bounds, heads, groups
-            blocks = blocks.once(key, lambda: _of_share(self.blocks, share, heads, groups))
+            key, all_ids = ("share", *share.bounds, heads, groups), blocks.ids_QCN
+            grid, starts = blocks.grid, blocks.query_starts
+            blocks = blocks.once(
+                key, lambda: Blocks(of_share(all_ids, share, heads, groups), grid, starts)
+            )
         if sink_H is not None:
             sink_H = sink_H[share.heads]
         return Seen(self.reach, blocks, self.scale, sink_H)
-
-
-def _of_share(blocks: Blocks | None, share: Share, heads: int, groups: int) -> Blocks:
-    assert blocks is not None
-    ids_QCN = of_share(blocks.ids_QCN, share, heads, groups)
-    return blocks if ids_QCN is blocks.ids_QCN else replace(blocks, ids_QCN=ids_QCN)

@@ -47,8 +47,8 @@ class ParallelSettings(Settings):
     once less, and take the memory of a whole sequence."""
 
     layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
-    """Which tokens a context rank owns. Zigzag gives every rank equal causal work, striped against
-    every other rank's keys as well, whatever the documents; balanced looks at each micro-batch's
+    """Which tokens a context rank owns. Zigzag gives every rank equal causal work over one long
+    document, striped against every other rank's keys as well; balanced looks at each micro-batch's
     documents and gives equal work over them, with few of them on several ranks."""
 
     canary: bool = True

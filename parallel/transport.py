@@ -115,7 +115,7 @@ class DistributedTransport:
         self.sums_locally = dist.get_backend(group) == "gloo"
         if not self.sums_locally:
             # The first call makes nccl's communicator, and may then not be some ranks' alone.
-            dist.barrier(group)
+            dist.barrier(group, device_ids=[torch.cuda.current_device()])
 
     def trade(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> Handle:
         """See `Transport`."""

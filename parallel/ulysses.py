@@ -87,9 +87,8 @@ class Ulysses:
 
 
 def _rows(every: Reach, index_N: Tensor) -> Reach:
-    """Some rows; a copy if they are all, as what belongs to a reach must not keep it alive."""
-    rows = every.rows(index_N)
-    return replace(rows) if rows is every else rows
+    """Some rows, by themselves: what belongs to a reach must not keep it alive."""
+    return replace(every.rows(index_N), whole=None, index_T=None)
 
 
 def _summed(parts: Sequence[Tensor], shares: Sequence[Share]) -> Tensor:

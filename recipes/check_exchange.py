@@ -35,7 +35,7 @@ def check_exchange(model: ModelSettings, parallel: ParallelSettings, at: str) ->
         works = [n for n in divisors(context) if 1 < n < context]
         if inner not in works:
             expected = f"a divisor of context ({context}) between 1 and {context}"
-            fix = f"inner: {either(works)}" if works else "exchange: ring or ulysses"
+            fix = f"inner: {either(works)}" if works else "exchange: ring or fetch"
             yield Problem(f"{at}.inner", str(inner or "nothing"), expected, fix)
             return
     if kind == "ulysses" and parallel.keep_keys:

@@ -121,7 +121,7 @@ def _choice(checked: CheckedRecipe, stage: StageSettings) -> ExchangeChoice:
     return choose_exchange(
         checked.recipe.model,
         stage,
-        node=machine.local or machine.gpus or checked.ranks,
+        node=machine.local or checked.ranks,
         gpu=machine.gpus > 0,
         wire=wire,
     )
@@ -130,18 +130,15 @@ def _choice(checked: CheckedRecipe, stage: StageSettings) -> ExchangeChoice:
 def _exchange(checked: CheckedRecipe, stage: StageSettings) -> str:
     if stage.parallel.context == 1:
         return "-"
-    choice = _choice(checked, stage)
-    nodes = f" over {choice.inner}" if choice.inner > 1 else ""
-    return f"{choice.kind}{nodes}, {stage.parallel.layout}"
+    return f"{_choice(checked, stage).words}, {stage.parallel.layout}"
 
 
 def _reasons(checked: CheckedRecipe) -> list[Text]:
     """Why an exchange was chosen, for each stage that leaves it open."""
-    chosen = [(stage, _choice(checked, stage)) for stage in checked.recipe.stages]
     return [
-        Text(f"exchange of {stage.name}: auto, {choice.reason}")
-        for stage, choice in chosen
-        if choice.reason
+        Text(f"exchange of {stage.name}: auto, {_choice(checked, stage).reason}")
+        for stage in checked.recipe.stages
+        if stage.parallel.context > 1 and stage.parallel.exchange == "auto"
     ]
 
 

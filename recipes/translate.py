@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError, WithJsonSchema
 from pydantic.fields import FieldInfo
@@ -117,14 +117,19 @@ def _problem(detail: Any, found: _Found, keys: list[Key], written: dict[str, Any
         tag = str(context.get("tag", "nothing"))
         return Problem(f"{dotted(keys)}.kind", tag, _either(tags), nearest(tag, tags))
     if kind == "literal_error":
-        choices = (
-            [str(choice) for choice in get_args(found.field.annotation)] if found.field else []
-        )
+        choices = _literals(found.field.annotation) if found.field else []
         return Problem(dotted(keys), got, _either(choices), nearest(str(value), choices))
     if kind == "tuple_type" and depth == len(keys) and not isinstance(value, dict):
         return Problem(dotted(keys), got, "a list", f"write it as [{got}]")
     example = _example(found.field) if kind.startswith("int_") else ""
     return Problem(dotted(keys), got, _expected(kind, context, detail["msg"]) + example)
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The values of a Literal, also of one that may be left out."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for inner in get_args(annotation) for choice in _literals(inner)]
 
 
 def _example(field: FieldInfo | None) -> str:

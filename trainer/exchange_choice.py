@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
-from ..attention.mechanism_settings import MechanismSettings, WindowSettings
-from ..attention.pairs import budget, visible_pairs
+from ..attention.mechanism_settings import (
+    IndexerSettings,
+    InfllmV2Settings,
+    MechanismSettings,
+    MobaSettings,
+    NsaSettings,
+    SsaSettings,
+    WindowSettings,
+)
+from ..attention.pairs import prefix_pairs, visible_pairs
 from ..parallel.auto import CPU, GPU, Prediction, Work, predict
 from ..parallel.volume import Call
 from .settings import ModelSettings, StageSettings
@@ -16,9 +24,10 @@ from .settings import ModelSettings, StageSettings
 if TYPE_CHECKING:
     from ..parallel.exchange import Across, ExchangeKind
 
-REACHED = {"zigzag": 0.75, "contiguous": 0.5, "striped": 1.0, "balanced": 0.1}
-"""The share of the other ranks' keys that causal queries of a rank reach: in one long document, and
-under `balanced`, which is for packed ones, in documents of an eighth of the stage's length."""
+REACHED = {"zigzag": 0.75, "contiguous": 1.0, "striped": 1.0, "balanced": 0.1}
+"""The share of the other ranks' keys that causal queries of a rank reach (of the last rank, where
+they are contiguous): in one long document, and under `balanced`, which is for packed ones, in
+documents of an eighth of the stage's length."""
 
 CUTTING = 0.3, 8192
 """How much longer attention takes whose keys come in parts, and for so many tokens of a rank: what
@@ -43,6 +52,11 @@ class ExchangeChoice:
     inner: int = 1
     across: Across = "ring"
     reason: str = ""
+
+    @property
+    def words(self) -> str:
+        """The exchange in words: `two_d over 8`."""
+        return f"{self.kind} over {self.inner}" if self.inner > 1 else self.kind
 
 
 def choose_exchange(
@@ -85,17 +99,41 @@ def _work(model: ModelSettings, stage: StageSettings, wire: int) -> Work:
     def mean(of: Sequence[float]) -> float:
         return sum(of) / len(of)
 
+    pairs = prefix_pairs(mechanisms, heads, groups)
+
+    def busiest(parts: int) -> float:
+        # Of contiguous parts the last one sees most; other layouts give equal work.
+        last = pairs(tokens) - pairs(tokens - tokens // parts)
+        return last * parts / pairs(tokens) if parallel.layout == "contiguous" else 1.0
+
     width = model.head_width
+    choosers, choices = max((_choices(each, heads, groups) for each in mechanisms), key=prod)
+    call = Call(heads, groups, width, width, wire, 4, choosers, choices, keeps=parallel.keep_keys)
+    seen = mean([visible_pairs(each, document, heads, groups) for each in mechanisms])
     return Work(
         sizes=[size] * ranks,
-        call=Call(heads, groups, width, width, wire, keeps=parallel.keep_keys),
-        pairs=mean([visible_pairs(each, document, heads, groups) for each in mechanisms])
-        * documents
-        / ranks,
+        call=call,
+        pairs=seen * documents / ranks,
+        busiest=busiest,
         reached=mean([_reached(each, parallel.layout, size, ranks) for each in mechanisms]),
         cutting=CUTTING[0] * min(1.0, CUTTING[1] / size),
-        sorting=mean([0.0 if budget(each) is None else SORTING for each in mechanisms]),
+        sorting=mean([SORTING * bool(_choices(each, heads, groups)[1]) for each in mechanisms]),
     )
+
+
+def _choices(mechanism: MechanismSettings, heads: int, groups: int) -> tuple[int, int]:
+    """Heads that choose for themselves while the layer learns, and how many blocks or tokens."""
+    match mechanism:
+        case MobaSettings(count=count):
+            return heads, count
+        case InfllmV2Settings(count=count, initial=initial, local=local):
+            return groups, count + initial + local
+        case NsaSettings(count=count) | SsaSettings(count=count):
+            return groups, count
+        case IndexerSettings(attend="chosen", count=count, share=share):
+            return (1 if share == "all_heads" else groups), count
+        case _:
+            return 0, 0
 
 
 def _reached(mechanism: MechanismSettings, layout: str, size: int, ranks: int) -> float:

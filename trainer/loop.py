@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ class Run:
             "rope": settings.rope.words,
             "attention": words(settings.attention, self.run.model.layers),
             "parallel": parallel.model_dump() | {"data": plan.data},
-            "exchange": asdict(stage.engine.choice) if parallel.context > 1 else None,
+            "exchange": stage.engine.choice.words if parallel.context > 1 else None,
             "parameters": stage.engine.parameters,
             "data": stage.corpus.info,
         }

@@ -110,7 +110,7 @@ CASES = {
     "no room for two dimensions": (
         [stage("parallel={context: 2, exchange: two_d, inner: 2}")],
         "stages.1.parallel.inner",
-        "exchange: ring or ulysses",
+        "exchange: ring or fetch",
     ),
     "nodes of a ring": (
         [stage("parallel={context: 2, exchange: ring, inner: 2}")],

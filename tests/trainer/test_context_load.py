@@ -3,13 +3,18 @@
 import pytest
 import torch
 from longspan.attention.pairs import dense
-from longspan.parallel.imbalance import imbalance
+from longspan.parallel.imbalance import loads_of
 from longspan.parallel.layout import make_layout
 from longspan.trainer.context_load import ContextLoad
 from longspan.trainer.exchange_choice import ExchangeChoice
 from support.tiny import tiny_run
 
 ONE = torch.tensor([0, 64])
+
+
+def imbalance(layout, cu, pairs):
+    loads = loads_of(layout, cu, pairs)
+    return max(loads) * len(loads) / sum(loads)
 
 
 def load(choice, ranks, batches, **parallel):

@@ -9,6 +9,7 @@ from longspan.parallel.layout import balanced_layout
 from longspan.parallel.settings import ParallelSettings
 from longspan.trainer.engine.microbatch import BatchBuilder
 from longspan.trainer.engine.place import Places
+from longspan.trainer.exchange_choice import ExchangeChoice
 from support.tiny import random_sample, tiny_run
 
 
@@ -19,7 +20,7 @@ def pairs(tokens):
 def places(rank=0, **parallel):
     settings = ParallelSettings.model_validate(parallel)
     transport = SimpleNamespace(rank=rank, size=settings.context)
-    return Places(settings, rank, transport, pairs)
+    return Places(settings, ExchangeChoice("all_gather"), rank, transport, pairs)
 
 
 def batch(sample, rank, **parallel):
