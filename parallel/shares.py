@@ -53,9 +53,22 @@ class Stock:
         return self.up_to(last) - self.up_to(last - tokens)
 
     def within(self, document: int, work: float) -> int:
-        """How many of the first of them make up so much work."""
-        tokens = range(1, self.size[document] + 1)
-        return bisect_left(tokens, work, key=lambda n: self.head(document, n)) + 1
+        """How many of the first of them make up so much work; all if they are less."""
+        low, high, below, above = 0, self.size[document], 0.0, self.load[document]
+        straight = True
+        while high - low > 1:
+            # Work grows nearly linearly with tokens, but not everywhere: halving always ends.
+            share = 0.5
+            if straight and above > below:
+                share = (work - below) / (above - below)
+            middle = min(max(low + int(share * (high - low)) + 1, low + 1), high - 1)
+            found = self.head(document, middle)
+            if found < work:
+                low, below = middle, found
+            else:
+                high, above = middle, found
+            straight = not straight
+        return high
 
     def take(self, document: int, head: int = 0, tail: int = 0) -> list[Part]:
         """Takes so many of the first and last tokens of a document away."""
