@@ -1,6 +1,5 @@
 """Every mechanism over simulated context ranks: outputs, gradients, losses and choices of one."""
 
-import os
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,8 +17,9 @@ from longspan.parallel.layout import make_layout
 from longspan.parallel.simulation import simulate
 from longspan.parallel.traffic import CountedTransport, Traffic
 from longspan.parallel.volume import volume_of_gathering
-from longspan.tests.parallel.ranks import EXCHANGES, exchange_of
+from longspan.tests.parallel.ranks import EXCHANGES, exchange_of, together
 from longspan.tests.parallel.test_packings import owned_at_random
+from support.grid import sample
 from support.mechanism_cases import MECHANISMS, SEER
 from support.mechanisms import (
     Inputs,
@@ -39,7 +39,6 @@ PACKINGS = {
     "odd": [0, 30, 31, 97],
 }
 LAYOUTS = ["zigzag", "contiguous", "striped"]
-FULL = os.environ.get("LONGSPAN_TEST_GRID") == "full"
 CASES = {
     name: stage
     for name, stage in MECHANISMS.items()
@@ -114,38 +113,31 @@ def one_and_many(name, kind, layout, cu):
     """What one rank computes, and what the context ranks of a layout do together."""
     layer, given, weights = a_layer(name, cu[-1])
     want = passes(layer, given, lambda **how: context(cu, weights_T=weights, **how))
-    ranks = layout.ranks
 
     def on_rank(transport):
         return passes(deepcopy(layer), *of_rank(transport, given, cu, weights, kind, layout))
 
-    found = simulate(ranks, on_rank)
-    index = torch.cat([layout.index(rank) for rank in range(ranks)])
-    together = Passes(
-        [torch.cat(parts)[index.argsort()] for parts in zip(*(x.rows for x in found), strict=True)],
+    found = simulate(layout.ranks, on_rank)
+    chosen = together(layout, [x.chosen.values() for x in found])
+    many = Passes(
+        together(layout, [x.rows for x in found]),
         [sum(parts) for parts in zip(*(x.summed for x in found), strict=True)],
         {label: sum(x.notes[label] for x in found) for label in want.notes},
-        {
-            label: torch.cat([x.chosen[label] for x in found])[index.argsort()]
-            for label in want.chosen
-        },
+        dict(zip(want.chosen, chosen, strict=True)),
         sum(x.measured for x in found),
     )
-    return want, together
+    return want, many
 
 
-def sampled(name, ranks):
-    """Some of the grid, others for each case; all of it where the environment asks."""
+def grid(ranks):
+    """Exchanges, layouts and boundaries of documents."""
     # There are 4 query heads.
     exchanges = [exchange for exchange in EXCHANGES if ranks <= 4 or exchange != "ulysses"]
-    grid = list(product(exchanges, LAYOUTS, PACKINGS.values()))
-    if FULL:
-        return grid
-    Random(f"{name} {ranks}").shuffle(grid)
-    return grid[:4]
+    return product(exchanges, LAYOUTS, PACKINGS.values())
 
 
-def check(name, kind, layout, cu):
+def assert_one_rank(name, kind, layout, cu):
+    """Everything that context ranks find together is what one rank finds."""
     one, many = one_and_many(name, kind, layout, cu)
     assert_all_close(many.rows, one.rows, atol=1e-10)
     for got, want in zip(many.summed, one.summed, strict=True):
@@ -160,15 +152,15 @@ def check(name, kind, layout, cu):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_context_ranks_are_one_rank_in_fp64(name, ranks):
-    for kind, layout_kind, cu in sampled(name, ranks):
-        check(name, kind, make_layout(layout_kind, cu[-1], ranks), cu)
+    for kind, layout_kind, cu in sample(f"{name} {ranks}", grid(ranks), 4):
+        assert_one_rank(name, kind, make_layout(layout_kind, cu[-1], ranks), cu)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_may_own_any_tokens_or_none(name):
     random, cu = Random(name), PACKINGS["odd"]
-    for exchange in EXCHANGES if FULL else random.sample(list(EXCHANGES), 2):
-        check(name, exchange, owned_at_random(random, cu[-1], 4), cu)
+    for exchange in sample(f"{name} any", EXCHANGES, 2):
+        assert_one_rank(name, exchange, owned_at_random(random, cu[-1], 4), cu)
 
 
 class Recording:

@@ -1,6 +1,5 @@
 """What is made of windows by their owners, and some heads of some tokens, against one rank."""
 
-import os
 from itertools import product
 from random import Random
 
@@ -20,10 +19,10 @@ from longspan.parallel.traffic import CountedTransport, Traffic
 from longspan.parallel.volume import Volume
 from longspan.tests.parallel.ranks import DOCUMENTS, LENGTH, gloo_pooled, pooled_on_rank
 from longspan.tests.parallel.test_packings import owned_at_random, packing
+from support.grid import sample
 
 SIZES = [(32, 16), (4, 1), (8, 8), (5, 3)]
 LAYOUTS = ["zigzag", "contiguous", "striped", "random"]
-FULL = os.environ.get("LONGSPAN_TEST_GRID") == "full"
 CASES = list(product(LAYOUTS, ("random", "one", "many"), SIZES, (False, True)))
 WIRE = {torch.bfloat16: (2, 4), torch.float32: (4, 4), torch.float64: (8, 8)}
 
@@ -46,9 +45,9 @@ def fresh(windows):
     return Windows(windows.starts_P, windows.stops_P, *how)
 
 
-def sample(ranks, count=12):
-    cases = list(enumerate(CASES))
-    return cases if FULL else Random(f"halo {ranks}").sample(cases, count)
+def numbered(key, count):
+    """Some cases of the grid, with the seeds that they always have."""
+    return sample(f"halo {key}", enumerate(CASES), count)
 
 
 def check_pooled(layout, windows, seed):
@@ -84,7 +83,7 @@ def check_pooled(layout, windows, seed):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_windows_of_any_documents_and_owners_are_those_of_one_rank_in_fp64(ranks):
-    for seed, case in sample(ranks):
+    for seed, case in numbered(ranks, 12):
         check_pooled(*drawn(case, ranks, seed), seed)
 
 
@@ -99,7 +98,7 @@ def check_means(layout, windows, dtype, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_means_and_extremes_are_those_of_one_rank_to_the_last_bit(ranks, dtype):
-    for seed, case in sample(ranks, 8):
+    for seed, case in numbered(f"means {ranks} {dtype}", 8):
         check_means(*drawn(case, ranks, seed), dtype, seed)
 
 

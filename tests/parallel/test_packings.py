@@ -11,7 +11,7 @@ from longspan.kernels.reach import Reach
 from longspan.parallel.exchange import Exchange, Local
 from longspan.parallel.layout import Layout, make_layout
 from longspan.parallel.simulation import simulate
-from longspan.tests.parallel.ranks import EXCHANGES, KEEPING, SCALE, exchange_of
+from longspan.tests.parallel.ranks import EXCHANGES, KEEPING, SCALE, exchange_of, together
 from support.grid import sample
 
 HEADS, GROUPS, DIM, VALUE_DIM = 8, 2, 6, 4
@@ -59,11 +59,11 @@ def attend(exchange, index, given, reach, blocks):
     return [out.detach(), lse.detach(), *grads]
 
 
-def check(
+def assert_one_rank(
     name, ranks, layout_kind, packing_kind, window, choosers, seed,
     heads=HEADS, groups=GROUPS, dim=DIM, value_dim=VALUE_DIM,
 ):  # fmt: skip
-    """Compares output, lse and gradients of all ranks with those of one."""
+    """Output, lse and gradients of all ranks are those of one."""
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     cu = packing(random, packing_kind, ranks)
     length = cu[-1]
@@ -87,11 +87,10 @@ def check(
         return attend(exchange, index, given, reach.rows(index), own)
 
     found = simulate(ranks, on_rank)
-    order = torch.cat([layout.index(rank) for rank in range(ranks)]).argsort()
-    together = [torch.cat(parts)[order] for parts in list(zip(*found, strict=True))[:5]]
+    whole = together(layout, [parts[:5] for parts in found])
     if given[3] is not None:
-        together.append(sum(parts[5] for parts in found))
-    for got, wanted in zip(together, want, strict=True):
+        whole.append(sum(parts[5] for parts in found))
+    for got, wanted in zip(whole, want, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-10)
 
 
@@ -110,7 +109,7 @@ GRID = list(
 def test_any_documents_of_any_owners_are_those_of_one_rank_in_fp64(name, ranks):
     cases = [(*case, seed) for seed, case in enumerate(GRID)]
     for case in sample(f"{name} {ranks}", cases, 8):
-        check(name, ranks, *case)
+        assert_one_rank(name, ranks, *case)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 3)])
@@ -120,7 +119,7 @@ def test_latent_attention_and_uneven_heads(name, heads):
     heads, groups = heads
     shape = {"heads": heads, "groups": groups, "dim": 192, "value_dim": 128}
     for choosers in (None, groups, heads):
-        check(name, 4, "zigzag", "random", None, choosers, 1, **shape)
+        assert_one_rank(name, 4, "zigzag", "random", None, choosers, 1, **shape)
 
 
 @pytest.mark.parametrize("name", EXCHANGES)

@@ -36,7 +36,7 @@ def seen_by(reach, rows):
     return edges.cumsum(0)[:-1] > 0
 
 
-def check(reach, layout):
+def assert_needed(reach, layout):
     """Every rank asks each owner for exactly the tokens that its rows see."""
     needs = Needs(reach, layout)
     counts = needs.counts()
@@ -58,7 +58,7 @@ def test_needs_are_what_rows_see_of_any_reach_and_owners(seed):
     # Some rows see nothing; bounds neither ascend nor nest.
     last = (first + torch.randint(-3, 12, (length,), generator=draw)).clamp(0, length)
     reach = [Reach(first, last), Reach.documents([0, 5, 5, length], random.choice([None, 3]))]
-    check(reach[seed % 2], owned_at_random(random, length, ranks))
+    assert_needed(reach[seed % 2], owned_at_random(random, length, ranks))
 
 
 @pytest.mark.parametrize("name", ["pile", "prolong64k", "prolong512k"])
@@ -66,7 +66,7 @@ def test_fetching_documents_as_they_occur_is_balanced_and_brings_nothing_unused(
     ranks = 8
     cu = drawn(name, ranks)
     reach, layout = Reach.documents(cu), balanced_layout(cu, ranks, dense)
-    needs = check(reach, layout).fill_diagonal_(0)
+    needs = assert_needed(reach, layout).fill_diagonal_(0)
     # Forward a message to each reader; backward that again, and one to each owner.
     messages = 2 * (needs > 0).sum(0) + (needs > 0).sum(1)
     assert int(messages.max()) <= 4 * ranks
