@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .heads import split_heads
-from .volume import Call, Volume, volume_of
+from .volume import Call, volume_of
+
+if TYPE_CHECKING:
+    from .exchange import ExchangeKind
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Candidate(NamedTuple):
         inner: Neighbouring ranks that share a node; 1 where they do not matter.
     """
 
-    kind: str
+    kind: ExchangeKind
     inner: int = 1
 
 
@@ -158,8 +161,7 @@ def _bytes(candidate: Candidate, work: Work) -> float:
         call = work.call
         of_token = call.numbers * (call.wire + call.again + call.accumulator)
         return tokens * of_token
-    found: Volume = volume_of(kind, work.sizes, 0, work.call, inner=inner)  # type: ignore[arg-type]
-    return sum(found)
+    return sum(volume_of(kind, work.sizes, 0, work.call, inner=inner))
 
 
 def _trading(work: Work, inner: int) -> float:

@@ -22,7 +22,7 @@ from .method import Kept
 from .parcel import Parcel
 from .ranges import Needs
 from .seen import Seen
-from .shards import Arrival, Shard, attend_over, gradients_over
+from .shards import Arrival, InParts, Shard, gradients_over
 from .transport import Handle, Outgoing, Transport
 
 
@@ -54,7 +54,7 @@ class Plan:
     rounds: list[Round]
 
 
-class Fetch:
+class Fetch(InParts):
     """The fetching exchange over one layout; see `Method`.
 
     Ranks at the same distances trade in a round. Every rank makes the same rounds, in which none
@@ -67,17 +67,7 @@ class Fetch:
     """
 
     def __init__(self, layout: Layout, transport: Transport, *, keeps: bool = False) -> None:
-        self.layout, self.transport, self._keeps = layout, transport, keeps
-
-    def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
-    ) -> tuple[Tensor, Tensor, Kept]:
-        """Output and lse over all that the queries see."""
-        arrived: list[Tensor] = []
-        arrivals = self._arrivals(seen, k_TGD, v_TGV, into=arrived)
-        out_THV, lse_TH = attend_over(q_THD, seen, arrivals)
-        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
-        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
+        self.layout, self.transport, self.keeps = layout, transport, keeps
 
     def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Fetches again; what is found for others' keys goes back while the next are computed."""
@@ -122,15 +112,6 @@ class Fetch:
         arrived: Sequence[Tensor] = (),
         into: list[Tensor] | None = None,
     ) -> Iterator[Arrival]:
-        """The rank's own keys, and those of each round; the next round is on its way.
-
-        Args:
-            seen: What is seen.
-            k_TGD: The rank's own keys.
-            v_TGV: Its own values.
-            arrived: Keys and values of each round in one tensor, if they are there already.
-            into: Where to leave them, if they shall be kept.
-        """
         plan = self._plan(seen.reach)
         like = Parcel.pack([k_TGD[:0], v_TGV[:0]])
 
@@ -150,7 +131,7 @@ class Fetch:
                 sorted_ = like.of(arrived[number - 1])
             else:
                 sorted_ = _in_place(trip, like, coming.pop().wait())
-            if into is not None and self._keeps:
+            if into is not None and self.keeps:
                 into.append(sorted_.flat)
             # What came in parts is gone, and only its copy in order is there.
             coming = [start(following) for following in travels[number : number + 1]]

@@ -19,11 +19,11 @@ from .method import Kept
 from .parcel import Parcel
 from .route import Route
 from .seen import Seen
-from .shards import Arrival, Shard, attend_over, gradients_over
+from .shards import Arrival, InParts, Shard, gradients_over
 from .transport import Handle, Outgoing, Transport
 
 
-class Ring:
+class Ring(InParts):
     """A ring over one layout; see `Method`.
 
     Args:
@@ -36,19 +36,9 @@ class Ring:
     def __init__(
         self, layout: Layout, transport: Transport, route: Route, *, keeps: bool = False
     ) -> None:
-        self._keeps = keeps
+        self.keeps = keeps
         self.transport, self.route, self._sizes = transport, route, layout.sizes
         self._index = [layout.index(rank) for rank in range(layout.ranks)]
-
-    def forward(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
-    ) -> tuple[Tensor, Tensor, Kept]:
-        """Output and lse over all shards."""
-        arrived: list[Tensor] = []
-        arrivals = self._arrivals(seen, k_TGD, v_TGV, into=arrived)
-        out_THV, lse_TH = attend_over(q_THD, seen, arrivals)
-        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
-        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
 
     def backward(self, dout_THV: Tensor, dlse_TH: Tensor | None, kept: Kept) -> Gradients:
         """Gradients; the sums of dk and dv go round one step behind the shard they belong to."""
@@ -89,22 +79,13 @@ class Ring:
         arrived: Sequence[Tensor] = (),
         into: list[Tensor] | None = None,
     ) -> Iterator[Arrival]:
-        """Each shard with its keys and values; the next is on its way. The rank's own is first.
-
-        Args:
-            seen: What is seen.
-            k_TGD: The rank's own keys.
-            v_TGV: Its own values.
-            arrived: The others, if they are there already.
-            into: Where to leave them, if they shall be kept.
-        """
         parcel, rank = Parcel.pack([k_TGD, v_TGV]), self.transport.rank
         coming: dict[int, Handle] = {}
         for step, shard in enumerate(self._plan(seen.reach)):
             if step:
                 flat = arrived[step - 1] if arrived else coming.pop(step).wait()[0]
                 parcel = parcel.of(flat)
-                if into is not None and self._keeps:
+                if into is not None and self.keeps:
                     into.append(flat)
             for to, of, use in () if arrived else self.route.hops(rank, step):
                 tokens = self._sizes[self.route.shards[use][rank]]

@@ -6,7 +6,8 @@ dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -72,6 +73,45 @@ class Arrival:
     shard: Shard
     k_SGD: Tensor
     v_SGV: Tensor
+
+
+class InParts(ABC):
+    """A method whose keys come one part after the other; see `Method`.
+
+    Attributes:
+        keeps: Whether a backward has what came in its forward, and it does not come again.
+    """
+
+    keeps: bool
+
+    def forward(
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGV: Tensor, seen: Seen
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """Output and lse over all parts."""
+        arrived: list[Tensor] = []
+        arrivals = self._arrivals(seen, k_TGD, v_TGV, into=arrived)
+        out_THV, lse_TH = attend_over(q_THD, seen, arrivals)
+        given = q_THD, k_TGD, v_TGV, out_THV, lse_TH, seen
+        return out_THV, lse_TH, Kept(*given, arrived=tuple(arrived))
+
+    @abstractmethod
+    def _arrivals(
+        self,
+        seen: Seen,
+        k_TGD: Tensor,
+        v_TGV: Tensor,
+        arrived: Sequence[Tensor] = (),
+        into: list[Tensor] | None = None,
+    ) -> Iterator[Arrival]:
+        """The rank's own keys first, then each part while the next is on its way.
+
+        Args:
+            seen: What is seen.
+            k_TGD: The rank's own keys.
+            v_TGV: Its own values.
+            arrived: Keys and values of each other part in one tensor, if they are there already.
+            into: Where to leave them, if they shall be kept.
+        """
 
 
 def attend_over(q_THD: Tensor, seen: Seen, arrivals: Iterator[Arrival]) -> tuple[Tensor, Tensor]:

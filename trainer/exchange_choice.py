@@ -83,8 +83,7 @@ def choose_exchange(
     in_node = gcd(context, max(1, node // parallel.tensor))
     found = predict(_work(model, stage, wire), in_node, GPU if gpu else CPU)
     best = found[0].candidate
-    inner = best.inner if best.kind in ("double_ring", "two_d") else 1
-    return ExchangeChoice(best.kind, inner, reason=_reason(found, gpu))  # type: ignore[arg-type]
+    return ExchangeChoice(best.kind, best.inner, reason=_reason(found, gpu))
 
 
 def _work(model: ModelSettings, stage: StageSettings, wire: int) -> Work:
