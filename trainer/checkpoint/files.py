@@ -1,33 +1,42 @@
-"""Files: those of one checkpoint."""
+"""Files: those of one checkpoint, wherever it lies."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import CheckpointError
+from .local_store import LocalStore
+from .store import Store
 
 
-class FolderFiles:
-    """The files of a checkpoint in a folder of this machine."""
+class CheckpointFiles:
+    """Reads the files of one folder of a store.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        store: The place of the checkpoints.
+        folder: The checkpoint's name there.
+    """
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder = store, folder
+
+    @classmethod
+    def of(cls, path: Path) -> CheckpointFiles:
+        """Those of a folder of this machine."""
+        path = path.absolute()
+        return cls(LocalStore(path.parent), path.name)
 
     def __str__(self) -> str:
-        return str(self.folder)
+        """Where they are, as a user would say it."""
+        return f"{self.store}/{self.folder}"
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> bytes:
         """Bytes `[first, last)` of a file.
 
         Raises:
-            CheckpointError: It cannot be read.
+            CheckpointError: It cannot be read, or is shorter.
         """
-        try:
-            with (self.folder / name).open("rb") as file:
-                file.seek(first)
-                return file.read(-1 if last is None else last - first)
-        except OSError as error:
-            raise CheckpointError(
-                f"{name} of checkpoint {self.folder} cannot be read: {error.strerror or error}",
-                "give a complete checkpoint folder, such as runs/NAME/checkpoints/step-N",
-            ) from error
+        return self.store.read(self.folder, name, first, last)
+
+    def sizes(self) -> dict[str, int]:
+        """Names and bytes of all files."""
+        return self.store.files(self.folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 
@@ -79,7 +80,7 @@ class Shard:
     def parts(self) -> Iterator[memoryview]:
         """The file's bytes, a few megabytes at a time."""
         yield memoryview(self.header)
-        data = memoryview(self.data.numpy()).cast("B")
+        data = memoryview(cast(Any, self.data.numpy())).cast("B")
         for first in range(0, len(data), _CHUNK):
             yield data[first : first + _CHUNK]
 

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from ...errors import CheckpointError
 from .boxes import Box, Part, matrix
+from .files import CheckpointFiles
 from .index import INDEX, Index, Stored, StoredParameter
 from .shard import KINDS
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 _BYTES = 4
 _VOCAB = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-
-class Files(Protocol):
-    """The files of one checkpoint."""
-
-    def __str__(self) -> str:
-        """Where they are, as a user would say it."""
-        ...
-
-    def read(self, name: str, first: int = 0, last: int | None = None) -> bytes:
-        """Bytes `[first, last)` of a file."""
-        ...
 
 
 class StoredState:
@@ -38,7 +27,7 @@ class StoredState:
         CheckpointError: It has no index, or one that cannot be read.
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: CheckpointFiles) -> None:
         self.files = files
         try:
             self.index = Index.from_json(files.read(INDEX))

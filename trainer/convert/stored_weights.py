@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.files import FolderFiles
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.stored import StoredState
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class StoredWeights:
     """
 
     def __init__(self, path: Path) -> None:
-        self._state = StoredState(FolderFiles(path))
+        self._state = StoredState(CheckpointFiles.of(path))
 
     def __call__(self, model: LongModel) -> None:
         """Fill every parameter of a model on one rank.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.boxes import Part, matrix
-from ..checkpoint.files import FolderFiles
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.index import INDEX, build_index
 from ..checkpoint.shard import Piece, Staging, shard_name, stage
 from ..checkpoint.stored import StoredState
@@ -115,7 +115,7 @@ def save_engine(engine: Engine, folder: Path) -> None:
 
 def load_engine(engine: Engine, folder: Path, *, optimizer: bool) -> list[str]:
     """`load_state` of a folder that `save_engine` or a run wrote."""
-    return load_state(engine, StoredState(FolderFiles(folder)), optimizer=optimizer)
+    return load_state(engine, StoredState(CheckpointFiles.of(folder)), optimizer=optimizer)
 
 
 def _part(engine: Engine, name: str, parameter: torch.nn.Parameter) -> Part:
