@@ -49,7 +49,7 @@ class Heard(Sink):
 
 def train(run, step=0, peak=None, wrong=False):
     """The news of this rank, and how its stage ended."""
-    from longspan.trainer.checkpoints import Cursor
+    from longspan.trainer.checkpoint.cursor import Cursor
     from longspan.trainer.engine import engine as module
     from longspan.trainer.plan import plan_stage
     from longspan.trainer.stage_loop import StageLoop
