@@ -129,6 +129,21 @@ def refuse_other_rope(checkpoint: Path, rope: RopeSettings) -> None:
         )
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: It has no state that can be read.
+    """
+    try:
+        return dict(json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has no usable state.json: {error}",
+            "delete that folder to go on from the checkpoint before it",
+        ) from error
+
+
 def read_cursor(checkpoint: Path) -> Cursor:
     """Where the run stood when the checkpoint was written."""
     try:

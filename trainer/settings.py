@@ -12,6 +12,7 @@ from ..attention.settings import RopeSettings
 from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
 from .data.settings import DataSettings, LocalTokenizer, Tokenizer
+from .exactness import Level
 
 SCHEME = "hf:"
 """Stands before the folder of a Hugging Face checkpoint."""
@@ -163,6 +164,10 @@ class CheckpointSettings(Settings):
 
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
+
+    exactness: Level | None = None
+    """The least that a resume may keep: E2 bit-exact, E1 the same data and schedule under any
+    layout, E0 weights and moments only. Left out: what the run declared when it began."""
 
 
 class EvaluationSettings(Settings):
