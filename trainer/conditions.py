@@ -18,7 +18,7 @@ from .data.packing import Packing
 from .exactness import Conditions
 from .exchange_choice import ExchangeChoice
 from .platform import device, processor
-from .settings import RunSettings, StageSettings
+from .settings import RunSettings
 
 # Of a stage what is data (their keys are compared), layout, or over once it has begun.
 _NOT_COURSE = {"data", "parallel", "micro_batch", "carry_optimizer"}
