@@ -136,7 +136,7 @@ def test_ranks_come_and_go_and_no_sample_is_lost_or_repeated(worlds, straight, t
     assert newest_state(tmp_path / "run")["exactness"]["level"] == "E1"
 
 
-def test_other_ranks_are_refused_until_they_are_allowed(worlds, straight, tmp_path):
+def test_other_ranks_are_refused_until_they_are_allowed(worlds, tmp_path):
     run = settings(tmp_path)
     worlds(2).run(attempt, run, tmp_path / "run", 1)
     before = sorted(tmp_path.rglob("run/checkpoints/**/*"))
