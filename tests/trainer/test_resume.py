@@ -36,11 +36,12 @@ class Attempt(NamedTuple):
 def attempt(run: RunSettings, folder: Path, stop_at=None, exactness=None, threads=1) -> Attempt:
     """Train what is left on this rank's world, until the step after `stop_at`."""
     import torch
+    import torch.distributed as dist
     from longspan.trainer.data.samples import TrainingSamples
     from longspan.trainer.exactness import allow
     from longspan.trainer.loop import Run
     from longspan.trainer.observe.observer import Observer
-    from longspan.trainer.run_directory import create_or_open
+    from longspan.trainer.run_directory import RunDirectory, create_or_open
     from longspan.trainer.stopping import StopRequest
 
     seen, stop, error = Attempt({}, [], [], ""), StopRequest(), ""
@@ -68,8 +69,10 @@ def attempt(run: RunSettings, folder: Path, stop_at=None, exactness=None, thread
     torch.set_num_threads(threads)
     try:
         with patch.object(TrainingSamples, "__getitem__", noted):
-            directory = create_or_open(folder, run, "tiny")
-            Run(directory, run, Observer([Heard()]), stop).train()
+            if dist.get_rank() == 0:
+                create_or_open(folder, run, "tiny")
+            dist.barrier()
+            Run(RunDirectory(folder), run, Observer([Heard()]), stop).train()
     except LongspanError as refused:
         error = str(refused)
     finally:
@@ -88,6 +91,7 @@ def settings(folder: Path, **changes) -> RunSettings:
     return tiny_run(
         stage__data={"sources": [{"kind": "jsonl", "paths": [str(folder / "a.jsonl")]}]},
         stage__tokens=LENGTH * SEQUENCES * STEPS,
+        stage__optimizer__lr=1e-3,
         model__layers=2,
         checkpoint={"every": 1, "keep": 20},
         evaluation={"documents": 0, "sequences": 1, "visible": 8},
