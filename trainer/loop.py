@@ -20,6 +20,7 @@ from .checkpoint.loader import Checkpoint, newest, refuse_damaged, refuse_other_
 from .checkpoint.saver import Outcome, Saver, State
 from .checkpoint.store import open_store
 from .checkpoint.stored import StoredState
+from .conditions import machine_conditions, order, stage_conditions
 from .context_proof import context_proof
 from .convert.companions import keep_companions
 from .convert.weights import FolderWeights
@@ -29,6 +30,7 @@ from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
 from .engine.checkpoint import load_state, model_dtype, state_pieces, state_steps
 from .engine.engine import Engine
 from .evaluation import held_out_loss
+from .exactness import Conditions, Promise, declared, described, go_on
 from .observe.observer import Observer
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
@@ -39,12 +41,14 @@ from .stopping import StopRequest
 
 @dataclass
 class _Stage:
-    """A stage at work: its settings, documents and engine."""
+    """A stage at work: its settings, documents and their order, engine and conditions."""
 
     index: int
     settings: StageSettings
     corpus: Corpus
+    packing: Packing
     engine: Engine
+    conditions: Conditions
 
 
 class Run:
@@ -66,6 +70,9 @@ class Run:
         self.first = dist.get_rank() == 0
         self.store = open_store(run.checkpoint.where, directory.path)
         self.saver = Saver(self.store, run.checkpoint)
+        self.machine = machine_conditions(run)
+        self.promise: Promise | None = None
+        """None until the first stage of this attempt is open."""
 
     def train(self) -> bool:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
@@ -74,8 +81,6 @@ class Run:
         checkpoint = self._found()
         cursor = Cursor() if checkpoint is None else checkpoint.cursor
         done_before = cursor.tokens
-        if checkpoint is not None:
-            self.observer.message(f"going on from {checkpoint.name}, stage {cursor.stage}")
         while True:
             last = cursor.stage + 1 == len(self.run.stages)
             if not last and self._closed(cursor):
@@ -124,6 +129,11 @@ class Run:
             keep_companions(self.directory.companions, folder, tokenizer)
         vocab = self.run.model.vocab or corpus.vocab
         engine = Engine(self.run, settings, vocab, weights=weights)
+        packing = self._packing(settings, corpus, cursor.stage)
+        now = stage_conditions(self.run, cursor.stage, self.machine, corpus, engine.choice)
+        stage = _Stage(cursor.stage, settings, corpus, packing, engine, now)
+        if self.promise is None:
+            self.promise = self._promise(stage, cursor, checkpoint)
         if checkpoint is not None:
             inside = cursor.stage_step > 0
             if inside:
@@ -140,7 +150,39 @@ class Run:
                     f"stage {settings.name} adds {len(new)} parameter tensors to those of "
                     f"{checkpoint.name}: they start from the seed, with moments of zero"
                 )
-        return _Stage(cursor.stage, settings, corpus, engine)
+        return stage
+
+    def _promise(self, stage: _Stage, cursor: Cursor, checkpoint: Checkpoint | None) -> Promise:
+        """What the run promises: at its start, or after a resume, which is told and may be refused.
+
+        Raises:
+            RunError: The resume would be less exact than it may be.
+        """
+        if checkpoint is None:
+            level, _ = declared(self.machine["device"])
+            return Promise(level, level)
+        resume = go_on(
+            checkpoint.manifest.info,
+            _at(stage, cursor),
+            inside=cursor.stage_step > 0,
+            setting=self.run.checkpoint.exactness,
+            checkpoint=checkpoint.name,
+            run=str(self.directory),
+        )
+        words = f"going on from {checkpoint.name}, stage {stage.settings.name}: {resume.words}"
+        self.observer.message(words)
+        return resume.promise
+
+    def _packing(self, settings: StageSettings, corpus: Corpus, index: int) -> Packing:
+        """The order of a stage's data."""
+        plan = self.plans[index]
+        return Packing(
+            corpus.train.lengths,
+            settings.length,
+            seed=self.run.seed,
+            stage=settings.name,
+            sequences=plan.steps * plan.sequences_per_step,
+        )
 
     def _corpus(self, settings: StageSettings) -> Corpus:
         """The stage's documents. Rank 0 comes first, so that it is the one that shows progress."""
@@ -159,13 +201,6 @@ class Run:
 
     def _train_stage(self, stage: _Stage, cursor: Cursor) -> StageEnd:
         settings, plan = stage.settings, self.plans[stage.index]
-        packing = Packing(
-            stage.corpus.train.lengths,
-            settings.length,
-            seed=self.run.seed,
-            stage=settings.name,
-            sequences=plan.steps * plan.sequences_per_step,
-        )
         self.observer.stage_started(settings.name, stage.index, self._stage_info(stage))
         loop = StageLoop(
             self.run,
@@ -173,7 +208,7 @@ class Run:
             plan,
             steps=self.steps,
             engine=stage.engine,
-            samples=TrainingSamples(stage.corpus.train, packing),
+            samples=TrainingSamples(stage.corpus.train, stage.packing),
             observer=self.observer,
             stop=self.stop,
             save=lambda at, wait: self._save(stage, at, wait),
@@ -187,6 +222,7 @@ class Run:
 
     def _save(self, stage: _Stage, cursor: Cursor, wait: bool) -> None:
         """Begin to save, or save; tell how the save before it ended."""
+        assert self.promise is not None
         engine = stage.engine
         info = {
             "stage_name": stage.settings.name,
@@ -199,6 +235,8 @@ class Run:
             "length": stage.settings.length,
             "precision": self.run.precision,
             "recipe": settings_hash(self.run),
+            "conditions": _at(stage, cursor).record(),
+            "exactness": self.promise.record(),
         }
 
         def state() -> State:
@@ -295,6 +333,7 @@ class Run:
             "checkpoint": f"{self.store}/{FolderName(cursor.step)}",
             "stages": reports,
             "evaluations": [{"name": "held-out documents", **proof}] if proof else [],
+            "exactness": self.promise.record() if self.promise else None,
         }
         self.directory.mark_complete(summary)
         self.observer.finished(summary)
@@ -304,7 +343,14 @@ class Run:
             {"name": stage.name, "steps": plan.steps, "tokens": stage.tokens}
             for stage, plan in zip(self.run.stages, self.plans, strict=True)
         ]
-        return {"stages": stages, "steps": self.steps, "ranks": dist.get_world_size()}
+        level, reason = declared(self.machine["device"])
+        return {
+            "stages": stages,
+            "steps": self.steps,
+            "ranks": dist.get_world_size(),
+            "machine": self.machine,
+            "exactness": {"level": level, "meaning": described(level), "reason": reason},
+        }
 
     def _stage_info(self, stage: _Stage) -> dict[str, Any]:
         settings, plan = stage.settings, self.plans[stage.index]
@@ -320,3 +366,9 @@ class Run:
             "parameters": stage.engine.parameters,
             "data": stage.corpus.info,
         }
+
+
+def _at(stage: _Stage, cursor: Cursor) -> Conditions:
+    """The stage's conditions with the order of its data up to the cursor."""
+    sequences = order(stage.packing, cursor.next_sample)
+    return replace(stage.conditions, data={**stage.conditions.data, **sequences})
