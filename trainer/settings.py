@@ -12,6 +12,7 @@ from ..attention.settings import RopeSettings
 from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
 from .data.settings import DataSettings, LocalTokenizer, Tokenizer
+from .recovery_settings import RecoverySettings
 
 SCHEME = "hf:"
 """Stands before the folder of a Hugging Face checkpoint."""
@@ -220,6 +221,7 @@ class RunSettings(Settings):
     tokenizer: Tokenizer
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     checkpoint: CheckpointSettings = CheckpointSettings()
+    recovery: RecoverySettings = RecoverySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     tracking: TrackingSettings = TrackingSettings()
