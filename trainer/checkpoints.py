@@ -49,10 +49,24 @@ def newest(directory: Path) -> Path | None:
     """The newest complete checkpoint, as rank 0 sees it and tells all ranks."""
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
-        complete = [path for path in directory.glob("step-*") if (path / MARKER).is_file()]
-        found = [max(complete, key=_step).name if complete else None]
+        complete = _complete(directory)
+        found = [complete[-1].name if complete else None]
     dist.broadcast_object_list(found)
     return None if found[0] is None else directory / found[0]
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps of all complete checkpoints, as this process sees them, ascending."""
+    return [_step(path) for path in _complete(directory)]
+
+
+def remove_after(directory: Path, step: int) -> None:
+    """Remove every checkpoint newer than that of `step`, the newest first; on rank 0 only."""
+    newer = [path for path in _complete(directory) if _step(path) > step]
+    for path in reversed(newer):
+        _remove(path)
+    if newer:
+        _sync(directory)
 
 
 def save(directory: Path, engine: Engine, cursor: Cursor, *, keep: int, info: Any) -> Path:
@@ -129,6 +143,14 @@ def refuse_other_rope(checkpoint: Path, rope: RopeSettings) -> None:
         )
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """All that state.json says; empty when it is missing or torn."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def read_cursor(checkpoint: Path) -> Cursor:
     """Where the run stood when the checkpoint was written."""
     try:
@@ -168,11 +190,20 @@ def _commit(part: Path, target: Path, cursor: Cursor, info: Any) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    complete = [path for path in directory.glob("step-*") if (path / MARKER).is_file()]
-    for old in sorted(complete, key=_step)[:-keep]:
-        # Without the marker first, so that a half-deleted folder is never taken for complete.
-        (old / MARKER).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+    for old in _complete(directory)[:-keep]:
+        _remove(old)
+
+
+def _complete(directory: Path) -> list[Path]:
+    """The complete checkpoints, the newest last."""
+    found = [mark.parent for mark in directory.glob(f"step-*/{MARKER}")]
+    return sorted((path for path in found if _step(path) >= 0), key=_step)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Without the marker first, so that a half-deleted folder is never taken for complete.
+    (checkpoint / MARKER).unlink()
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from ..attention.catalogue import words
 from ..cache import default_cache
 from ..errors import CheckpointError
 from . import checkpoints
+from .bad_steps import BadStep, BadSteps
 from .checkpoints import Cursor
 from .context_proof import context_proof
 from .convert.companions import keep_companions
@@ -24,6 +25,7 @@ from .data.packing import Packing
 from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
 from .engine.engine import Engine
 from .evaluation import held_out_loss
+from .going_back import GoingBack
 from .observe.observer import Observer
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
@@ -59,6 +61,8 @@ class Run:
         self.plans = [plan_stage(stage, dist.get_world_size()) for stage in run.stages]
         self.steps = sum(plan.steps for plan in self.plans)
         self.first = dist.get_rank() == 0
+        self.bad = BadSteps(run.recovery)
+        self.going_back = GoingBack(directory, run.recovery)
 
     def train(self) -> bool:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
@@ -74,12 +78,22 @@ class Run:
             if not last and self._closed(cursor):
                 cursor = replace(cursor, stage=cursor.stage + 1, stage_step=0, next_sample=0)
                 continue
-            stage = self._open_stage(cursor, newest)
+            cursor = self.going_back.where(cursor)
+            stage = None if self._asked_to_stop() else self._open_stage(cursor, newest)
+            if stage is None or self._asked_to_stop():  # before a step: there is nothing to save
+                self.observer.stopped(cursor.step, "asked to stop")
+                return False
             end = self._train_stage(stage, cursor)
             cursor = end.cursor
             if end.stopped:
                 self.observer.stopped(cursor.step, "asked to stop")
                 return False
+            if end.bad is not None:
+                newest = self._go_back(stage.index, end.bad)
+                cursor = Cursor() if newest is None else checkpoints.read_cursor(newest)
+                del stage
+                gc.collect()
+                continue
             self._close_stage(stage, cursor, end.loss)
             if last:
                 seconds = time.monotonic() - begun
@@ -88,6 +102,19 @@ class Run:
             newest = checkpoints.newest(self.directory.checkpoints)
             del stage
             gc.collect()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        asked = [False] * dist.get_world_size()
+        dist.all_gather_object(asked, self.stop.requested)
+        return any(asked)
+
+    def _go_back(self, stage: int, bad: BadStep) -> Path | None:
+        """Leave a bad step's data out; the checkpoint to go on from, None: the start of the run."""
+        begin = sum(plan.steps for plan in self.plans[:stage])
+        newest, rewind = self.going_back.go_back(bad, stage, begin)
+        self.observer.rewound(bad.step, rewind.to, rewind.sequences, bad.reason)
+        return newest
 
     def _open_stage(self, cursor: Cursor, newest: Path | None) -> _Stage:
         """Build the stage's engine and load the newest checkpoint into it."""
@@ -103,8 +130,10 @@ class Run:
             keep_companions(self.directory.companions, folder, tokenizer)
         vocab = self.run.model.vocab or corpus.vocab
         engine = Engine(self.run, settings, vocab, weights=weights)
+        self.bad = BadSteps(self.run.recovery)
         if newest is not None:
             inside = cursor.stage_step > 0
+            self._restore_recovery(newest, engine, inside)
             if inside:
                 checkpoints.refuse_other_rope(newest, settings.rope)
             new = checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
@@ -119,6 +148,20 @@ class Run:
                     f"{newest.name}: they start from the seed, with moments of zero"
                 )
         return _Stage(cursor.stage, settings, corpus, engine)
+
+    def _restore_recovery(self, newest: Path, engine: Engine, inside: bool) -> None:
+        """What was skipped, and within a stage the steps that the next ones are compared with."""
+        state, spikes = checkpoints.read_state(newest), engine.spikes
+        self.bad = BadSteps(self.run.recovery, state.get("skipped", ()))
+        if spikes is None or not inside or not state.get("spikes"):
+            return
+        try:
+            spikes.load(state["spikes"])
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {newest} has other spikes than its recipe: {error}",
+                "delete that folder to go on from the checkpoint before it",
+            ) from error
 
     def _corpus(self, settings: StageSettings) -> Corpus:
         """The stage's documents. Rank 0 comes first, so that it is the one that shows progress."""
@@ -142,7 +185,9 @@ class Run:
             settings.length,
             seed=self.run.seed,
             stage=settings.name,
-            sequences=plan.steps * plan.sequences_per_step,
+            # More than the steps need where a rewind left data out.
+            sequences=cursor.next_sample
+            + (plan.steps - cursor.stage_step) * plan.sequences_per_step,
         )
         self.observer.stage_started(settings.name, stage.index, self._stage_info(stage))
         loop = StageLoop(
@@ -154,16 +199,17 @@ class Run:
             samples=TrainingSamples(stage.corpus.train, packing),
             observer=self.observer,
             stop=self.stop,
+            bad=self.bad,
             save=lambda at: self._save(stage, at),
             evaluate=lambda at: self._evaluate(stage, at),
         )
         end = loop.train(cursor)
-        if end.cursor.stage_step == plan.steps:
+        if end.cursor.stage_step == plan.steps and end.bad is None:
             self._save(stage, end.cursor)
         return end
 
     def _save(self, stage: _Stage, cursor: Cursor) -> None:
-        begun = time.monotonic()
+        begun, spikes = time.monotonic(), stage.engine.spikes
         info = {
             "stage_name": stage.settings.name,
             "ranks": dist.get_world_size(),
@@ -175,6 +221,8 @@ class Run:
             "length": stage.settings.length,
             "precision": self.run.precision,
             "recipe": settings_hash(self.run),
+            "spikes": None if spikes is None else spikes.state(),
+            "skipped": self.bad.in_a_row,
         }
         path = checkpoints.save(
             self.directory.checkpoints,

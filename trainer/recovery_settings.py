@@ -1,4 +1,4 @@
-"""RecoverySettings: what a run does about bad steps and about being asked to stop. No torch here."""
+"""What a run does about bad steps, and how long it may take to stop. No torch here."""
 
 from __future__ import annotations
 

@@ -72,6 +72,7 @@ class Engine:
         self.build = self._builder()
         self.chunk: Any = self.model
         self.optimizer: Optimizer | None = None
+        self.spikes: Spikes | None = None
         if train:
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -82,12 +83,9 @@ class Engine:
             self.chunk.broadcast_params()
             _keep_whole_parameters(self.chunk)
             frozen = stage.trainable == "selection"
-            self.optimizer = Optimizer(
-                stage.optimizer,
-                self.chunk,
-                _selects if frozen else lambda parameter: True,
-                self._spikes(),
-            )
+            self.spikes = self._spikes()
+            learns = _selects if frozen else lambda parameter: True
+            self.optimizer = Optimizer(stage.optimizer, self.chunk, learns, self.spikes)
 
     @property
     def data_rank(self) -> int:

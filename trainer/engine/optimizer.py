@@ -190,7 +190,8 @@ class Optimizer:
         with self._only_what_learns():
             self.megatron.step_with_ready_grads()
         noted = dict(zip(notes, local[5:].view(-1, 2), strict=True))
-        return StepSums(*local[:5], skipped, spike.float(), noted)
+        stop, save = local[3], local[4]
+        return StepSums(local[0], local[1], local[2], stop, save, skipped, spike.float(), noted)
 
     def gradients(self) -> list[torch.Tensor]:
         """The finished gradients that this rank alone counts; see `_square_norm`.

@@ -19,7 +19,7 @@ def judged(detector: Spikes, losses, norms) -> list[bool]:
     return found
 
 
-def series(seed: int, count: int = 400) -> tuple[list[float], list[float]]:
+def series(seed: int, count: int = 300) -> tuple[list[float], list[float]]:
     """A falling loss and a noisy norm with jumps up, jumps down and steps that are not finite."""
     random = np.random.default_rng(seed)
     losses = 3 * np.exp(-np.arange(count) / 300) + 0.05 * random.standard_normal(count)
@@ -34,7 +34,7 @@ def series(seed: int, count: int = 400) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize(("window", "sigma"), [(2, 6.0), (16, 3.0), (64, 6.0), (128, 4.0)])
 def test_the_same_steps_spike_as_in_numpy(window, sigma):
-    for seed in range(3):
+    for seed in range(2):
         losses, norms = series(seed)
         want = reference(losses, norms, window, sigma)
         assert judged(Spikes(window, sigma, torch.device("cpu")), losses, norms) == want
@@ -64,7 +64,7 @@ def test_its_state_goes_on_bit_for_bit():
     losses, norms = series(5)
     whole = Spikes(16, 2.0, torch.device("cpu"))
     want = judged(whole, losses, norms)
-    for cut in (3, 100, 237):
+    for cut in (3, 237):
         first, then = (Spikes(16, 2.0, torch.device("cpu")) for _ in range(2))
         judged(first, losses[:cut], norms[:cut])
         then.load(first.state())
@@ -94,7 +94,7 @@ def spiked_step(run):
     engine = Engine(run, run.stages[0], VOCAB)
     for step in range(3):
         take_step(engine, step)
-    before, window = state_of(engine), engine.optimizer.spikes.state()
+    before, window = state_of(engine), engine.spikes.state()
     handle = None
     if dist.get_rank() == 0:
         weight = next(engine.model.parameters())
@@ -103,7 +103,7 @@ def spiked_step(run):
     if handle is not None:
         handle.remove()
     same = all(map(torch.equal, before, state_of(engine)))
-    kept = window == engine.optimizer.spikes.state()
+    kept = window == engine.spikes.state()
     good = engine.train_step(batches(engine, 4), 1e-2, False, ("y",)).on_host()
     moved = not any(map(torch.equal, before[:1], state_of(engine)[:1]))
     return bad["skipped"], bad["spike"], same, kept, good["skipped"], moved, window

@@ -27,6 +27,8 @@ def tell_everything(observer):
     observer.compared(0, {"loss": 4.0, "loss_alone": 4.5})
     observer.step(STEP)
     observer.alarm("mfu", 3, "too fast")
+    observer.skipped(4, float("nan"), 2.0, "not finite")
+    observer.rewound(5, 3, 8, "spike")
     observer.evaluated("held_out", 3, {"loss": 4.0})
     observer.saved(3, Path("step-3"), 0.5)
     observer.message("hello")
@@ -46,6 +48,8 @@ def test_every_kind_of_news_is_an_event(tmp_path):
         "canary",
         "step",
         "alarm",
+        "skipped",
+        "rewound",
         "evaluated",
         "saved",
         "message",
@@ -53,7 +57,10 @@ def test_every_kind_of_news_is_an_event(tmp_path):
         "stopped",
         "finished",
     ]
-    stage, canary, step, alarm = events[1:5]
+    stage, canary, step, alarm, skipped, rewound = events[1:7]
+    assert (skipped["step"], skipped["loss"], skipped["grad_norm"]) == (4, None, 2.0)
+    assert (rewound["from"], rewound["to"], rewound["sequences"]) == (5, 3, 8)
+    assert (skipped["reason"], rewound["reason"]) == ("not finite", "spike")
     assert (stage["stage"], stage["index"], stage["length"]) == ("short", 0, 1024)
     assert (step["step"], step["loss"], step["tokens_per_s"]) == (3, 4.5, 100.0)
     assert (canary["step"], canary["loss"], canary["loss_alone"]) == (0, 4.0, 4.5)
