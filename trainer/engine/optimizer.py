@@ -61,8 +61,8 @@ class Optimizer:
     """AdamW over this rank's shard of the parameters.
 
     A step makes one small all-reduce over the world, from which every rank learns the same global
-    norm and whether anything was not finite or spiked; torch's fused AdamW takes the clip factor and the
-    skip flag as device tensors, so that no rank waits for its device here.
+    norm and whether anything was not finite or spiked; torch's fused AdamW takes the clip factor
+    and the skip flag as device tensors, so that no rank waits for its device here.
 
     Args:
         settings: Of the stage.

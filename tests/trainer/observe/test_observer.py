@@ -65,7 +65,7 @@ def test_every_kind_of_news_is_an_event(tmp_path):
     assert (step["step"], step["loss"], step["tokens_per_s"]) == (3, 4.5, 100.0)
     assert (canary["step"], canary["loss"], canary["loss_alone"]) == (0, 4.0, 4.5)
     assert (alarm["name"], alarm["step"], alarm["text"]) == ("mfu", 3, "too fast")
-    assert events[5]["values"] == {"loss": 4.0} and events[10]["summary"] == {"tokens": 3072}
+    assert events[7]["values"] == {"loss": 4.0} and events[12]["summary"] == {"tokens": 3072}
 
 
 def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
 
     path = tmp_path / "events.jsonl"
     tell_everything(Observer([Broken(), EventSink(EventLog(path))]))
-    assert len(list(read_events(path))) == 11
+    assert len(list(read_events(path))) == 13
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "Broken failed and is off: ValueError('no more')" in err
 
