@@ -1,6 +1,7 @@
 """Runs with bad sequences: skipped or gone back over, killed in between, bit-equal all the same."""
 
 import json
+import math
 import os
 import signal
 from contextlib import ExitStack
@@ -46,17 +47,24 @@ def settings(corpus, steps=8, every=3, keep=2, stages=1, **recovery):
     return type(tiny_run()).model_validate(raw)
 
 
-class Bad:
-    """Makes sequences bad and remembers every step; kills the rank where it is told to."""
+class Crash(Exception):
+    """Ends an attempt on both ranks at once; their processes are used again."""
 
-    def __init__(self, sequences, factor, kill):
+
+class Bad:
+    """Makes sequences bad and remembers every step; ends the rank where it is told to."""
+
+    def __init__(self, sequences, factor, kill, crash):
         self.sequences, self.factor, self.kill = set(sequences), factor, kill
+        self.crash = crash
         self.steps, self.engine = [], None
 
     def __call__(self, whole):
         def step(engine, samples, lr, stop, key, probe=None, *, save=False):
             if len(self.steps) == self.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if len(self.steps) == self.crash:
+                raise Crash
             self.engine = engine
             numbers = [sample.number for sample in samples]
             self.steps.append((samples, lr, key))
@@ -94,7 +102,7 @@ def replayed(run, engine, steps) -> list[bytes]:
     return state_of(again)
 
 
-def train(run, path, bad, factor, kill, kill_record, signals):
+def train(run, path, bad, factor, kill, kill_record, crash, signals):
     """Train as a rank; how it ended, its state, its steps, and where these alone lead to."""
     import torch.distributed as dist
     from longspan.errors import RunError
@@ -106,7 +114,7 @@ def train(run, path, bad, factor, kill, kill_record, signals):
     from longspan.trainer.stopping import StopRequest
 
     os.environ["LONGSPAN_CACHE"] = str(path.parent / "cache")
-    directory, stop, watch = RunDirectory(path), StopRequest(), Bad(bad, factor, kill)
+    directory, stop, watch = RunDirectory(path), StopRequest(), Bad(bad, factor, kill, crash)
     stop.listen()
     for number in signals if dist.get_rank() == 1 else ():
         os.kill(os.getpid(), number)
@@ -120,6 +128,8 @@ def train(run, path, bad, factor, kill, kill_record, signals):
             end: object = Run(directory, run, observer, stop).train()
         except RunError as error:
             end = str(error)
+        except Crash:
+            end = "crashed"
     observer.close()
     if watch.engine is None:
         return end, None, [], None
@@ -127,7 +137,7 @@ def train(run, path, bad, factor, kill, kill_record, signals):
     counted = {key: (samples, lr, key) for samples, lr, key in watch.steps}
     numbers = [(s[2][2], [sample.number for sample in s[0]]) for s in counted.values()]
     state, replay = state_of(watch.engine), None
-    if len(run.stages) == 1 and watch.steps[0][2][2] == 0:
+    if len(run.stages) == 1 and end is True and watch.steps[0][2][2] == 0:
         lost = {number // SEQUENCES for number in bad}
         good = [s for s in counted.values() if s[0][0].number // SEQUENCES not in lost]
         replay = replayed(run, watch.engine, good)
@@ -138,11 +148,13 @@ def train(run, path, bad, factor, kill, kill_record, signals):
 def run_in(worlds, corpus):
     """Train in two ranks; None when they were killed, as they were told to."""
 
-    def begin(run, name, bad=(), factor=float("nan"), kill=None, kill_record=False, signals=()):
-        path, world = corpus / name, worlds(2)
+    def begin(
+        run, name, bad=(), factor=math.nan, kill=None, kill_record=False, crash=None, signals=()
+    ):
+        path, world, ends = corpus / name, worlds(2), (kill, kill_record, crash)
         create_or_open(path, run, "tiny")
         try:
-            return world.run(train, run, path, list(bad), factor, kill, kill_record, signals)
+            return world.run(train, run, path, list(bad), factor, *ends, signals)
         except (EOFError, OSError, RuntimeError):
             world.close()
             if kill is None and not kill_record:
@@ -185,25 +197,25 @@ def test_a_step_that_is_not_finite_is_skipped_bit_for_bit(run_in, corpus):
     assert stage["loss"] == events(corpus, "step", "skip")[-1]["loss"]
 
 
-def test_skips_in_a_row_are_counted_over_a_kill_and_end_the_run(run_in, corpus):
+def test_skips_in_a_row_are_counted_over_a_crash_and_end_the_run(run_in, corpus):
     run = settings(corpus, every=1, nonfinite="skip", max_skips=2)
     bad = range(12, 32)
-    assert run_in(run, "row", bad=bad, kill=5) is None
+    assert [end for end, *_ in run_in(run, "row", bad=bad, crash=5)] == ["crashed"] * 2
     for end, *_ in run_in(run, "row", bad=bad):
         assert end.startswith("3 steps in a row were skipped, 4 to 6: recovery.max_skips is 2")
 
 
-def test_spikes_are_the_same_ones_after_a_kill(run_in, corpus):
+def test_spikes_are_the_same_ones_after_a_crash(run_in, corpus):
     """The window is full at the checkpoint only: without it the next step would be applied."""
     run = settings(corpus, every=4, spike="skip", window=4, sigma=50)
     how = {"bad": [17], "factor": 1e6}
     straight = run_in(run, "spikes", **how)
     assert_ends_as_its_good_steps(straight)
     assert [(e["step"], e["reason"]) for e in events(corpus, "skipped", "spikes")] == [(5, "spike")]
-    assert run_in(run, "spikes-killed", kill=4, **how) is None
-    resumed = run_in(run, "spikes-killed", **how)
+    run_in(run, "spikes-crashed", crash=4, **how)
+    resumed = run_in(run, "spikes-crashed", **how)
     assert [state for _, state, *_ in resumed] == [state for _, state, *_ in straight]
-    assert len(events(corpus, "skipped", "spikes-killed")) == 1
+    assert len(events(corpus, "skipped", "spikes-crashed")) == 1
 
 
 # Step 5 is bad, and after it step 6 of the data behind: both go back to the checkpoint at 3.
