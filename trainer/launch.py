@@ -110,7 +110,7 @@ def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) ->
             print(f"{directory}: no checkpoint yet, starting from the beginning", flush=True)
         for retry in (False, True):
             clear_failures(directory.path)
-            gang = Gang(directory, local_ranks(run), command)
+            gang = Gang(directory, local_ranks(run), command, run.recovery.grace)
             code = gang.run()
             failure = gang.failure()
             if code != CRASHED or retry or not _is_port_clash(failure):

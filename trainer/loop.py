@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..attention.catalogue import words
 from ..cache import default_cache
 from ..errors import CheckpointError
+from .bad_steps import BadStep, BadSteps
 from .checkpoint.cursor import Cursor
 from .checkpoint.folders import FolderName
 from .checkpoint.loader import Checkpoint, newest, refuse_damaged, refuse_other_rope
@@ -31,6 +32,7 @@ from .engine.checkpoint import load_state, model_dtype, state_pieces, state_step
 from .engine.engine import Engine
 from .evaluation import held_out_loss
 from .exactness import Conditions, Promise, declared, described, go_on
+from .going_back import GoingBack
 from .observe.observer import Observer
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
@@ -73,6 +75,8 @@ class Run:
         self.machine = machine_conditions(run)
         self.promise: Promise | None = None
         """None until the first stage of this attempt is open."""
+        self.bad = BadSteps(run.recovery)
+        self.going_back = GoingBack(directory, self.store, run.recovery)
 
     def train(self) -> bool:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
@@ -86,12 +90,22 @@ class Run:
             if not last and self._closed(cursor):
                 cursor = replace(cursor, stage=cursor.stage + 1, stage_step=0, next_sample=0)
                 continue
-            stage = self._open_stage(cursor, checkpoint)
+            cursor = self.going_back.where(cursor)
+            stage = None if self._asked_to_stop() else self._open_stage(cursor, checkpoint)
+            if stage is None or self._asked_to_stop():  # before a step: there is nothing to save
+                self.observer.stopped(cursor.step, "asked to stop")
+                return False
             end = self._train_stage(stage, cursor)
             cursor = end.cursor
             if end.stopped:
                 self.observer.stopped(cursor.step, "asked to stop")
                 return False
+            if end.bad is not None:
+                checkpoint = self._go_back(stage.index, end.bad)
+                cursor = Cursor() if checkpoint is None else checkpoint.cursor
+                del stage
+                gc.collect()
+                continue
             self._close_stage(stage, cursor, end.loss)
             if last:
                 seconds = time.monotonic() - begun
@@ -115,6 +129,21 @@ class Run:
                 self.store.remove(folder)
         return checkpoint
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        asked = [False] * dist.get_world_size()
+        dist.all_gather_object(asked, self.stop.requested)
+        return any(asked)
+
+    def _go_back(self, stage: int, bad: BadStep) -> Checkpoint | None:
+        """Leave a bad step's data out; the checkpoint to go on from, None: the start of the run."""
+        self._tell(self.saver.wait())
+        begin = sum(plan.steps for plan in self.plans[:stage])
+        checkpoint, rewind = self.going_back.go_back(bad, stage, begin)
+        self.saver.committed = None if checkpoint is None else checkpoint.cursor.step
+        self.observer.rewound(bad.step, rewind.to, rewind.sequences, bad.reason)
+        return checkpoint
+
     def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> _Stage:
         """Build the stage's engine and load the newest checkpoint into it."""
         settings, folder = self.run.stages[cursor.stage], self.run.model.folder
@@ -129,13 +158,15 @@ class Run:
             keep_companions(self.directory.companions, folder, tokenizer)
         vocab = self.run.model.vocab or corpus.vocab
         engine = Engine(self.run, settings, vocab, weights=weights)
-        packing = self._packing(settings, corpus, cursor.stage)
+        self.bad = BadSteps(self.run.recovery)
+        packing = self._packing(settings, corpus, cursor)
         now = stage_conditions(self.run, cursor.stage, self.machine, corpus, engine.choice)
         stage = _Stage(cursor.stage, settings, corpus, packing, engine, now)
         if self.promise is None:
             self.promise = self._promise(stage, cursor, checkpoint)
         if checkpoint is not None:
             inside = cursor.stage_step > 0
+            self._restore_recovery(checkpoint, engine, inside)
             if inside:
                 refuse_other_rope(checkpoint, settings.rope)
             optimizer = inside or settings.carry_optimizer
@@ -173,16 +204,31 @@ class Run:
         self.observer.message(words)
         return resume.promise
 
-    def _packing(self, settings: StageSettings, corpus: Corpus, index: int) -> Packing:
-        """The order of a stage's data."""
-        plan = self.plans[index]
+    def _packing(self, settings: StageSettings, corpus: Corpus, cursor: Cursor) -> Packing:
+        """The order of a stage's data; more of them than the steps need where some are left out."""
+        plan = self.plans[cursor.stage]
+        left = (plan.steps - cursor.stage_step) * plan.sequences_per_step
         return Packing(
             corpus.train.lengths,
             settings.length,
             seed=self.run.seed,
             stage=settings.name,
-            sequences=plan.steps * plan.sequences_per_step,
+            sequences=cursor.next_sample + left,
         )
+
+    def _restore_recovery(self, checkpoint: Checkpoint, engine: Engine, inside: bool) -> None:
+        """What was skipped, and within a stage the steps that the next ones are compared with."""
+        state, spikes = checkpoint.manifest.info, engine.spikes
+        self.bad = BadSteps(self.run.recovery, state.get("skipped", ()))
+        if spikes is None or not inside or not state.get("spikes"):
+            return
+        try:
+            spikes.load(state["spikes"])
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.files} has other spikes than its recipe: {error}",
+                "resume with the recipe that it was written with",
+            ) from error
 
     def _corpus(self, settings: StageSettings) -> Corpus:
         """The stage's documents. Rank 0 comes first, so that it is the one that shows progress."""
@@ -211,19 +257,20 @@ class Run:
             samples=TrainingSamples(stage.corpus.train, stage.packing),
             observer=self.observer,
             stop=self.stop,
+            bad=self.bad,
             save=lambda at, wait: self._save(stage, at, wait),
             poll=self._poll,
             evaluate=lambda at: self._evaluate(stage, at),
         )
         end = loop.train(cursor)
-        if end.cursor.stage_step == plan.steps:
+        if end.cursor.stage_step == plan.steps and end.bad is None:
             self._save(stage, end.cursor, wait=True)
         return end
 
     def _save(self, stage: _Stage, cursor: Cursor, wait: bool) -> None:
         """Begin to save, or save; tell how the save before it ended."""
         assert self.promise is not None
-        engine = stage.engine
+        engine, spikes = stage.engine, stage.engine.spikes
         info = {
             "stage_name": stage.settings.name,
             "ranks": dist.get_world_size(),
@@ -237,6 +284,8 @@ class Run:
             "recipe": settings_hash(self.run),
             "conditions": _at(stage, cursor).record(),
             "exactness": self.promise.record(),
+            "spikes": None if spikes is None else spikes.state(),
+            "skipped": self.bad.in_a_row,
         }
 
         def state() -> State:

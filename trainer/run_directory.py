@@ -95,6 +95,11 @@ class RunDirectory:
         return self.path / "tokenizer"
 
     @property
+    def rewinds(self) -> Path:
+        """The times that the run went back to a checkpoint; missing while there are none."""
+        return self.path / "rewinds.json"
+
+    @property
     def complete(self) -> Path:
         """The summary of a finished run; its presence is the mark."""
         return self.path / "complete.json"

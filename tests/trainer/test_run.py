@@ -199,6 +199,28 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(straight, environment,
     assert losses(run_dir) == losses(straight[0])
 
 
+def test_sigusr1_to_ranks_that_still_start_saves_once_and_goes_on(environment, tmp_path):
+    few = ["stages.0.tokens=4K", "stages.1.tokens=1K", "checkpoint.every=100"]
+    changes = [word for change in few for word in ("--set", change)]
+    process = subprocess.Popen(
+        [*SMOKE, *changes, "--run-dir", "run"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "logs" / "rank-1.log").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "saved"] == [2, 4, 5]
+
+
 def test_torchrun_gives_the_same_run(straight, environment, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "longspan.cli", *SMOKE[3:], *OVERRIDES, "--run-dir", "run"]

@@ -50,6 +50,14 @@ class Observer(Sink):
         """See `Sink`."""
         self._tell(lambda sink: sink.alarm(name, step, text))
 
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.skipped(step, loss, grad_norm, reason))
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.rewound(step, to, sequences, reason))
+
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
         self._tell(lambda sink: sink.evaluated(name, step, values))
@@ -119,6 +127,15 @@ class EventSink(Sink):
     def alarm(self, name: str, step: int, text: str) -> None:
         """Event `alarm`."""
         self._log.write("alarm", name=name, step=step, text=text)
+
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """Event `skipped`."""
+        self._log.write("skipped", step=step, loss=loss, grad_norm=grad_norm, reason=reason)
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """Event `rewound`."""
+        fields = {"from": step, "to": to, "sequences": sequences, "reason": reason}
+        self._log.write("rewound", **fields)
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Event `evaluated`."""

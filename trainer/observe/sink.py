@@ -78,6 +78,15 @@ class Sink:
     def alarm(self, name: str, step: int, text: str) -> None:
         """A measurement that cannot be right; the run goes on."""
 
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """A step was not applied, and the run goes on behind it; `loss` and norm may be NaN."""
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """Because of `step` the run goes back to the checkpoint at step `to`, 0: to its start.
+
+        It goes on without the data between, of which it leaves out `sequences` more than before.
+        """
+
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """An evaluation is done; the plain numbers in `values` are shown and tracked."""
 

@@ -96,6 +96,15 @@ class Terminal(Sink):
         """One line above the live one."""
         self.message(f"ALARM at step {step}: {text}")
 
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """One line above the live one."""
+        self.warning(f"step {step} skipped: {reason} (loss {loss:.4g}, grad norm {grad_norm:.4g})")
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """One line above the live one."""
+        where = f"step {to}" if to else "the start"
+        self.warning(f"step {step}: {reason}; back to {where}, without {sequences} sequences")
+
     def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """One line with the numbers."""
         shown = " ".join(f"{key}={value:.6g}" for key, value in numbers(values).items())
