@@ -85,6 +85,21 @@ def resume(
 
 
 @app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Show where a run is, and where its time went."""
+    import json
+
+    from .trainer.run_directory import RunDirectory
+    from .trainer.status import read_status, render_status
+
+    found = read_status(RunDirectory(run_dir))
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render_status(found))
+
+
+@app.command()
 def check(recipe: _RecipeArgument, changes: _SetOption = None) -> None:
     """Show what a recipe will run, or what is wrong with it."""
     from .recipes.check import check_recipe

@@ -28,6 +28,7 @@ from .failure import (
     Failure,
     read_failures,
 )
+from .observe.attempts import ATTEMPT
 from .run_directory import RunDirectory
 
 _POLL_S = 0.05
@@ -57,11 +58,13 @@ class Gang:
         directory: The run's folder.
         ranks: Processes to start.
         command: The command of one rank, without its argument.
+        attempt: The number of this launch of the run.
     """
 
     directory: RunDirectory
     ranks: int
     command: Sequence[str]
+    attempt: int = 1
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _signals: int = 0
     _crashed: dict[int, int] = field(default_factory=dict)
@@ -134,6 +137,7 @@ class Gang:
             MASTER_PORT=str(port),
         )
         environment[LAUNCHER_PID] = str(os.getpid())
+        environment[ATTEMPT] = str(self.attempt)
         return environment
 
     def _watch(self) -> int:

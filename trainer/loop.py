@@ -24,6 +24,7 @@ from .data.packing import Packing
 from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
 from .engine.engine import Engine
 from .evaluation import held_out_loss
+from .observe.goodput import goodput_so_far
 from .observe.observer import Observer
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
@@ -107,7 +108,9 @@ class Run:
             inside = cursor.stage_step > 0
             if inside:
                 checkpoints.refuse_other_rope(newest, settings.rope)
+            begun = time.monotonic()
             new = checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
+            self.observer.restored(cursor.step, newest, time.monotonic() - begun)
             if new and inside:
                 raise CheckpointError(
                     f"checkpoint {newest} lacks parameters that its own stage has: {new[0]}",
@@ -183,14 +186,17 @@ class Run:
             keep=self.run.checkpoint.keep,
             info=info,
         )
-        self.observer.saved(cursor.step, path, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self.observer.saved(cursor.step, path, seconds, stall_s=seconds)
 
     def _evaluate(self, stage: _Stage, cursor: Cursor) -> float:
         """Held-out loss of the live weights."""
+        begun = time.monotonic()
         held_out = HeldOutSamples(stage.corpus.held_out, stage.settings.length)
         count = min(len(held_out), self.run.evaluation.sequences)
         loss = held_out_loss(stage.engine, [held_out[number] for number in range(count)])
-        self.observer.evaluated("held_out", cursor.step, {"loss": loss, "sequences": count})
+        values = {"loss": loss, "sequences": count}
+        self.observer.evaluated("held_out", cursor.step, values, time.monotonic() - begun)
         return loss
 
     def _report_path(self, index: int) -> Path:
@@ -231,9 +237,11 @@ class Run:
                 "ends without a proof of context; raise held_out or add longer documents"
             )
             return None
+        begun = time.monotonic()
         samples = [long[number] for number in range(len(long))]
         proof = context_proof(stage.engine, samples, settings.visible)
-        self.observer.evaluated("context", cursor.step, proof["gain"])
+        seconds = time.monotonic() - begun
+        self.observer.evaluated("context", cursor.step, proof["gain"], seconds)
         return proof
 
     def _finish(self, stage: _Stage, cursor: Cursor, seconds: float, speed: float) -> None:
@@ -252,6 +260,7 @@ class Run:
             "checkpoint": str(self.directory.checkpoints / checkpoints.name(cursor)),
             "stages": reports,
             "evaluations": [{"name": "held-out documents", **proof}] if proof else [],
+            "goodput": goodput_so_far(self.directory.events).as_dict(),
         }
         self.directory.mark_complete(summary)
         self.observer.finished(summary)

@@ -20,11 +20,12 @@ class EventLog:
 
     Args:
         path: The file; made when missing.
+        attempt: The launch that the events belong to; left out: one more than in the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = Path(path)
-        self.attempt = 1 + max((event.get("attempt", 0) for event in read_events(path)), default=0)
+        self.attempt = attempt or 1 + _newest_attempt(path)
         self._warned = False
         self._file: int | None = None
         try:
@@ -75,6 +76,11 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                     yield event
     except OSError:
         return
+
+
+def _newest_attempt(path: Path) -> int:
+    numbers = (event.get("attempt") for event in read_events(path))
+    return max((number for number in numbers if isinstance(number, int)), default=0)
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..run_directory import RunDirectory
 from ..settings import RunSettings
+from .attempts import attempt_of_environment
 from .events import EventLog
 from .sink import Sink, StepMetrics
 from .terminal import Terminal
@@ -50,13 +51,17 @@ class Observer(Sink):
         """See `Sink`."""
         self._tell(lambda sink: sink.alarm(name, step, text))
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """See `Sink`."""
-        self._tell(lambda sink: sink.evaluated(name, step, values))
+        self._tell(lambda sink: sink.evaluated(name, step, values, seconds))
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
+    def saved(self, step: int, path: Path, seconds: float, stall_s: float) -> None:
         """See `Sink`."""
-        self._tell(lambda sink: sink.saved(step, path, seconds))
+        self._tell(lambda sink: sink.saved(step, path, seconds, stall_s))
+
+    def restored(self, step: int, path: Path, seconds: float) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.restored(step, path, seconds))
 
     def message(self, text: str) -> None:
         """See `Sink`."""
@@ -120,13 +125,17 @@ class EventSink(Sink):
         """Event `alarm`."""
         self._log.write("alarm", name=name, step=step, text=text)
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """Event `evaluated`."""
-        self._log.write("evaluated", name=name, step=step, values=values)
+        self._log.write("evaluated", name=name, step=step, values=values, seconds=seconds)
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
+    def saved(self, step: int, path: Path, seconds: float, stall_s: float) -> None:
         """Event `saved`."""
-        self._log.write("saved", step=step, path=str(path), seconds=seconds)
+        self._log.write("saved", step=step, path=str(path), seconds=seconds, stall_s=stall_s)
+
+    def restored(self, step: int, path: Path, seconds: float) -> None:
+        """Event `restored`."""
+        self._log.write("restored", step=step, path=str(path), seconds=seconds)
 
     def message(self, text: str) -> None:
         """Event `message`."""
@@ -152,12 +161,12 @@ class EventSink(Sink):
 def open_observer(directory: RunDirectory, run: RunSettings, rank: int) -> Observer:
     """The observer of a rank: complete on rank 0, silent elsewhere.
 
-    Opening it counts as an attempt. It never raises for a terminal, a disk or Weights & Biases
-    that does not work.
+    Without a launcher that counts, opening it counts as an attempt. It never raises for a
+    terminal, a disk or Weights & Biases that does not work.
     """
     if rank != 0:
         return Observer()
-    log = EventLog(directory.events)
+    log = EventLog(directory.events, attempt_of_environment())
     terminal = Terminal(directory=str(directory))
     tracking = start_tracking(directory, run, log.attempt, terminal)
     return Observer([EventSink(log), terminal, *([tracking] if tracking else [])])

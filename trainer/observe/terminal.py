@@ -93,12 +93,12 @@ class Terminal(Sink):
         """One line above the live one."""
         self.message(f"ALARM at step {step}: {text}")
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """One line with the numbers."""
         shown = " ".join(f"{key}={value:.6g}" for key, value in numbers(values).items())
         self.message(f"evaluated {name} at step {step}: {shown}")
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
+    def saved(self, step: int, path: Path, seconds: float, stall_s: float) -> None:
         """One line."""
         self.message(f"saved step {step} in {seconds:.1f} s")
 

@@ -123,7 +123,7 @@ class Tracking(Sink):
     def step(self, metrics: StepMetrics) -> None:
         """Log under `train/`, with the axes `step` and `tokens`."""
         self._tokens = metrics.tokens
-        fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "tflops_per_s"]
+        fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "data_s", "tflops_per_s"]
         fields += ["mfu"] if metrics.mfu is not None else []
         fields += ["context_bytes", "context_wait_s"] if metrics.context_bytes else []
         fields += ["imbalance"] if metrics.imbalance is not None else []
@@ -144,7 +144,7 @@ class Tracking(Sink):
         """Keep the alarm with the run."""
         self._send("summary", {f"alarm/{name}": f"step {step}: {text}"})
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """Log the plain numbers under the evaluation's name."""
         named = {f"{name}/{key}": value for key, value in numbers(values).items()}
         self._send("log", {"step": step, "tokens": self._tokens, **named})

@@ -27,8 +27,9 @@ def tell_everything(observer):
     observer.compared(0, {"loss": 4.0, "loss_alone": 4.5})
     observer.step(STEP)
     observer.alarm("mfu", 3, "too fast")
-    observer.evaluated("held_out", 3, {"loss": 4.0})
-    observer.saved(3, Path("step-3"), 0.5)
+    observer.evaluated("held_out", 3, {"loss": 4.0}, 1.5)
+    observer.saved(3, Path("step-3"), 0.5, 0.25)
+    observer.restored(3, Path("step-3"), 0.75)
     observer.message("hello")
     observer.warning("careful")
     observer.stopped(3, "asked to stop")
@@ -48,6 +49,7 @@ def test_every_kind_of_news_is_an_event(tmp_path):
         "alarm",
         "evaluated",
         "saved",
+        "restored",
         "message",
         "warning",
         "stopped",
@@ -58,7 +60,9 @@ def test_every_kind_of_news_is_an_event(tmp_path):
     assert (step["step"], step["loss"], step["tokens_per_s"]) == (3, 4.5, 100.0)
     assert (canary["step"], canary["loss"], canary["loss_alone"]) == (0, 4.0, 4.5)
     assert (alarm["name"], alarm["step"], alarm["text"]) == ("mfu", 3, "too fast")
-    assert events[5]["values"] == {"loss": 4.0} and events[10]["summary"] == {"tokens": 3072}
+    times = [(e["seconds"], e.get("stall_s")) for e in events[5:8]]
+    assert times == [(1.5, None), (0.5, 0.25), (0.75, None)]
+    assert events[5]["values"] == {"loss": 4.0} and events[11]["summary"] == {"tokens": 3072}
 
 
 def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
@@ -71,7 +75,7 @@ def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
 
     path = tmp_path / "events.jsonl"
     tell_everything(Observer([Broken(), EventSink(EventLog(path))]))
-    assert len(list(read_events(path))) == 11
+    assert len(list(read_events(path))) == 12
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "Broken failed and is off: ValueError('no more')" in err
 

@@ -111,8 +111,8 @@ def test_plain_lines_at_the_ends_of_a_stage_and_every_ten_seconds():
     for step, time in ((1, 0.0), (2, 9.9), (3, 10.1), (4, 10.2)):
         now[0] = time
         terminal.step(at(step))
-    terminal.evaluated("held_out", 4, {"loss": 6.75, "sequences": 16, "buckets": [1]})
-    terminal.saved(4, Path("step-4"), 0.2)
+    terminal.evaluated("held_out", 4, {"loss": 6.75, "sequences": 16, "buckets": [1]}, 0.5)
+    terminal.saved(4, Path("step-4"), 0.2, 0.1)
     terminal.warning("look out")
     assert screen.getvalue() == PLAIN
 

@@ -139,7 +139,7 @@ def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
         observer = open_observer(directory, settings("auto"), rank=0)
         for step in range(1, 4):
             observer.step(metrics(step))
-        observer.evaluated("held_out", 3, {"loss": 4.0, "buckets": []})
+        observer.evaluated("held_out", 3, {"loss": 4.0, "buckets": []}, 0.5)
         observer.finished({"tokens": 3072}) if attempt == 2 else observer.stopped(3, "asked")
         observer.close()
         # wandb names its folders by the second.
