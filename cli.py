@@ -11,6 +11,7 @@ import typer
 
 from . import __version__
 from .errors import LongspanError
+from .redact import redact_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -210,7 +211,7 @@ def main() -> None:
     try:
         app(prog_name="longspan")
     except LongspanError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact_text(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

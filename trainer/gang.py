@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ..redact import redact_text
 from .devices import usable_cores
 from .failure import (
     COMPLETE,
@@ -97,6 +98,7 @@ class Gang:
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         log = self._log_path(rank)
         tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
+        tail = redact_text(tail)
         kind = "user" if code == USER_ERROR else "internal"
         return Failure(rank, kind, f"rank {rank} {how} and left no message", tail, time.time())
 

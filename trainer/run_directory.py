@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..errors import RunError
+from ..redact import redact
 from .settings import RunSettings
 
 _FOLDERS = ("logs", "checkpoints", "evaluations")
@@ -170,7 +171,7 @@ class RunDirectory:
 
     def mark_complete(self, summary: Mapping[str, Any]) -> None:
         """Record that the run was trained to its end; call on rank 0 only."""
-        write_atomically(self.complete, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.complete, json.dumps(redact(summary), indent=2) + "\n")
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, as this process sees it; ranks ask rank 0 instead."""
@@ -280,7 +281,8 @@ def check_same_recipe(directory: RunDirectory, run: RunSettings) -> None:
     recorded = directory.load_settings()
     if settings_hash(recorded) == settings_hash(run):
         return
-    changes = list(_changes("", recorded.model_dump(mode="json"), run.model_dump(mode="json")))
+    old, new = (redact(settings.model_dump(mode="json")) for settings in (recorded, run))
+    changes = list(_changes("", old, new))
     shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
     lines = "\n  ".join(["holds a run of another recipe (there -> asked for):", *shown])
     raise RunError(
@@ -313,7 +315,7 @@ def describe_environment(name: str) -> dict[str, Any]:
 
 def _write_recipe(directory: RunDirectory, run: RunSettings, name: str) -> None:
     # recipe.yaml makes the folder a run, so it is written last.
-    environment = describe_environment(name)
+    environment = redact(describe_environment(name))
     write_atomically(directory.environment, json.dumps(environment, indent=2) + "\n")
     header = f"# The resolved recipe of this run: {name}, longspan {__version__}.\n"
     body = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -209,7 +209,7 @@ def _goodput_table(goodput: Goodput) -> list[str]:
         for name, part in sorted(spent, key=lambda item: (item[0] != "productive", -item[1]))
     ]
     rows.append(("wall", f"{goodput.wall_s:,.1f}", "100.0%", "from the first event to the last"))
-    body = table(("", "seconds", "share", ""), [row[:3] for row in rows])
+    body = table(("", "seconds", "share"), [row[:3] for row in rows])
     words = ["", *(row[3] for row in rows)]
     return [f"  {line}", *(f"{a}  {b}".rstrip() for a, b in zip(body, words, strict=True))]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ...attention.catalogue import words
+from ...redact import redact
 from ..data.settings import DataSettings, StdlibSource
 from ..observe.events import read_events
 from ..plan import plan_stage
@@ -64,7 +65,7 @@ the stage and the number of the sequence, whatever the number of ranks. Versions
 ## Recipe
 
 ```yaml
-{yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()}
+{yaml.safe_dump(redact(run.model_dump(mode="json")), sort_keys=False, allow_unicode=True).rstrip()}
 ```
 """
 

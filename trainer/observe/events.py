@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...redact import redact
+
 
 class EventLog:
     """Appends events. A failing disk costs a warning, never the run.
@@ -42,7 +44,7 @@ class EventLog:
         if self._file is None:
             return
         record = {"event": event, "time": time.time(), "attempt": self.attempt, **fields}
-        line = json.dumps(_finite(record), default=str).encode() + b"\n"
+        line = json.dumps(_finite(redact(record)), default=str).encode() + b"\n"
         try:
             line = b"\n" + line if self._torn else line
             self._torn = True

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...redact import redact_text
 from ..run_directory import RunDirectory
 from ..settings import RunSettings
 from .attempts import attempt_of_environment
@@ -92,7 +93,7 @@ class Observer(Sink):
                 self._sinks.remove(sink)
                 with suppress(OSError, ValueError):
                     text = f"warning: {type(sink).__name__} failed and is off: {error!r}"
-                    print(text, file=sys.stderr, flush=True)
+                    print(redact_text(text), file=sys.stderr, flush=True)
 
 
 class EventSink(Sink):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ...redact import redact_text
 from .sink import Sink, StepMetrics, numbers
 from .summary import render_summary
 
@@ -105,7 +106,7 @@ class Terminal(Sink):
     def message(self, text: str) -> None:
         """One line above the live one."""
         with suppress(OSError, ValueError):
-            self._console.print(text)
+            self._console.print(redact_text(text))
 
     def warning(self, text: str) -> None:
         """One line above the live one."""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ...errors import RunError
+from ...redact import redact
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings, TrackingSettings
 from .sink import Sink, StepMetrics, numbers
@@ -165,7 +166,8 @@ class Tracking(Sink):
     def _send(self, kind: str, values: Mapping[str, Any]) -> None:
         if self._process is None:
             return
-        self._pending += json.dumps({"kind": kind, "values": values}, default=str).encode() + b"\n"
+        message = {"kind": kind, "values": redact(values)}
+        self._pending += json.dumps(message, default=str).encode() + b"\n"
         self._flush()
 
     def _flush(self) -> None:
