@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ..redact import redact_text
 from .devices import usable_cores
 from .failure import (
     COMPLETE,
@@ -28,6 +29,7 @@ from .failure import (
     Failure,
     read_failures,
 )
+from .observe.attempts import ATTEMPT
 from .run_directory import RunDirectory
 from .stopping import SAVE_SIGNAL
 
@@ -58,12 +60,14 @@ class Gang:
         directory: The run's folder.
         ranks: Processes to start.
         command: The command of one rank, without its argument.
+        attempt: The number of this launch of the run.
         grace: Seconds that the ranks have to save once they are asked to stop.
     """
 
     directory: RunDirectory
     ranks: int
     command: Sequence[str]
+    attempt: int = 1
     grace: float = math.inf
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _signals: int = 0
@@ -98,6 +102,7 @@ class Gang:
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         log = self._log_path(rank)
         tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
+        tail = redact_text(tail)
         kind = "user" if code == USER_ERROR else "internal"
         return Failure(rank, kind, f"rank {rank} {how} and left no message", tail, time.time())
 
@@ -143,6 +148,7 @@ class Gang:
             MASTER_PORT=str(port),
         )
         environment[LAUNCHER_PID] = str(os.getpid())
+        environment[ATTEMPT] = str(self.attempt)
         return environment
 
     def _watch(self) -> int:

@@ -33,6 +33,7 @@ class _Pending:
     sums: StepSums
     lr: float
     begun: float
+    data_s: float
     cursor: Cursor
     probe: Probe | None
     context_bytes: int
@@ -116,6 +117,7 @@ class StageLoop:
             lr = learning_rate(self.stage.optimizer, cursor.stage_step, self.plan.steps)
             key = (self.run.seed, self.stage.name, cursor.stage_step)
             batches = self._micro_batches(cursor.next_sample)
+            data_s = time.monotonic() - begun
             probe = self._probe(cursor.step + 1)
             traffic = self.engine.traffic
             _ = traffic.take(), traffic.take_waiting()  # an evaluation may have been between
@@ -127,7 +129,7 @@ class StageLoop:
             if pending is not None:
                 self._report(pending, begun)
             cursor = self._after_step(cursor)
-            pending = _Pending(sums, lr, begun, cursor, probe, *sent, batches)
+            pending = _Pending(sums, lr, begun, data_s, cursor, probe, *sent, batches)
             if self._back is None and self._must_report(cursor):
                 self._report(pending, time.monotonic())
                 pending = None
@@ -227,6 +229,7 @@ class StageLoop:
                 lr=pending.lr,
                 tokens_per_s=tokens / seconds,
                 step_s=seconds,
+                data_s=pending.data_s,
                 losses=pending.sums.noted(),
                 tflops_per_s=flops / seconds / 1e12,
                 mfu=None if self._peak is None else flops / seconds / self._peak,

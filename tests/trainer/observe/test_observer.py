@@ -29,8 +29,10 @@ def tell_everything(observer):
     observer.alarm("mfu", 3, "too fast")
     observer.skipped(4, float("nan"), 2.0, "not finite")
     observer.rewound(5, 3, 8, "spike")
-    observer.evaluated("held_out", 3, {"loss": 4.0})
+    observer.evaluated("held_out", 3, {"loss": 4.0}, 1.5)
+    observer.saving(3, 0.25)
     observer.saved(3, Path("step-3"), 0.5)
+    observer.restored(3, Path("step-3"), 0.75)
     observer.message("hello")
     observer.warning("careful")
     observer.stopped(3, "asked to stop")
@@ -51,7 +53,9 @@ def test_every_kind_of_news_is_an_event(tmp_path):
         "skipped",
         "rewound",
         "evaluated",
+        "saving",
         "saved",
+        "restored",
         "message",
         "warning",
         "stopped",
@@ -65,7 +69,9 @@ def test_every_kind_of_news_is_an_event(tmp_path):
     assert (step["step"], step["loss"], step["tokens_per_s"]) == (3, 4.5, 100.0)
     assert (canary["step"], canary["loss"], canary["loss_alone"]) == (0, 4.0, 4.5)
     assert (alarm["name"], alarm["step"], alarm["text"]) == ("mfu", 3, "too fast")
-    assert events[7]["values"] == {"loss": 4.0} and events[12]["summary"] == {"tokens": 3072}
+    times = [(e.get("seconds"), e.get("stall_s")) for e in events[7:11]]
+    assert times == [(1.5, None), (None, 0.25), (0.5, None), (0.75, None)]
+    assert events[7]["values"] == {"loss": 4.0} and events[14]["summary"] == {"tokens": 3072}
 
 
 def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
@@ -78,7 +84,7 @@ def test_a_listener_that_fails_is_dropped_with_one_warning(tmp_path, capsys):
 
     path = tmp_path / "events.jsonl"
     tell_everything(Observer([Broken(), EventSink(EventLog(path))]))
-    assert len(list(read_events(path))) == 13
+    assert len(list(read_events(path))) == 15
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "Broken failed and is off: ValueError('no more')" in err
 
