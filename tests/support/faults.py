@@ -37,7 +37,7 @@ class Point:
 
     Attributes:
         role: `launcher` or `rank N`.
-        label: Phase, function, operation and file, without what differs between attempts.
+        label: Function, operation and file, without what differs between attempts.
         when: Before it, after it, or when half of a write is done.
     """
 

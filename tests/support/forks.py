@@ -30,6 +30,9 @@ TESTS = Path(__file__).parents[1]
 _SERVE = "from support.forks import serve; serve()"
 _PR_SET_PDEATHSIG = 1
 
+STARTING = "starting: "
+"""Begins the labels of what a process does before its first step."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -181,7 +184,7 @@ def _launcher(launch: Launch) -> int:
     if launch.patch is not None:
         module, _, function = launch.patch.partition(":")
         getattr(importlib.import_module(module), function)()
-    faults.arm(0, launch.control, launch.roots, launch.fault)
+    faults.arm(0, launch.control, launch.roots, launch.fault).phase = STARTING
     try:
         if RunDirectory(launch.run_dir).is_run():
             return verbs.resume(launch.run_dir)
@@ -249,17 +252,14 @@ class _Rank:
 
 
 def _tell_phases(tracer: faults.Tracer) -> None:
-    """Tell steps from what is between the stages: an engine built, a checkpoint loaded."""
+    """Tell what an attempt does before its first step: data, engine, the checkpoint loaded."""
     from longspan.trainer.stage_loop import StageLoop
 
-    real = StageLoop.train
+    real, tracer.phase = StageLoop.train, STARTING
 
     def train(self, cursor):
-        tracer.phase = "in a stage: "
-        try:
-            return real(self, cursor)
-        finally:
-            tracer.phase = ""
+        tracer.phase = ""
+        return real(self, cursor)
 
     StageLoop.train = train
 
