@@ -265,7 +265,7 @@ def _sent(tracer: Tracer, name: str, real, out: int, source: int, offset, count:
         return real(out, source, offset, size, *args)
 
 
-class _halfway:  # noqa: N801  a context manager that reads like a function
+class _halfway:
     """Gives the bytes to write, and strikes after half of them where that is the fault."""
 
     def __init__(self, tracer: Tracer, what: str, size: int) -> None:

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from longspan.trainer.observe.events import read_events
 from longspan.trainer.run_directory import RunDirectory
+from support.faults import ALL, HALF, LAUNCHER, ONE, OTHER, Fault, Pids, Point, read_trace
+from support.forks import STARTING, Forks, Launch
 from torch import Tensor
 
-from support.faults import AFTER, ALL, BEFORE, HALF, LAUNCHER, ONE, OTHER, Fault, Point, read_trace
-from support.forks import STARTING, Forks, Launch
-
-EVERY = 2
-STEPS = 6
 _SPAWNED = """
 import json, sys
 from pathlib import Path
@@ -39,8 +37,8 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def tiny_settings(texts: Path, **stage: Any) -> dict[str, Any]:
-    """Two data ranks for three steps, then two context ranks for three; `texts` is filled."""
+def tiny_settings(texts: Path, steps: int, every: int) -> dict[str, Any]:
+    """Two data ranks for half of the steps, then two context ranks; `texts` is filled."""
     draw, words = random.Random(0), [f"w{number}" for number in range(40)]
     texts.mkdir(parents=True, exist_ok=True)
     for number in range(120):
@@ -49,11 +47,10 @@ def tiny_settings(texts: Path, **stage: Any) -> dict[str, Any]:
     short = {
         "name": "short",
         "length": 32,
-        "tokens": 3 * 128,
+        "tokens": steps // 2 * 128,
         "batch_tokens": 128,
         "data": {"sources": [{"kind": "text", "paths": [str(texts)]}], "held_out": 0.1},
         "optimizer": {"lr": 1e-2, "schedule": "constant", "warmup": 0},
-        **stage,
     }
     parallel = {"context": 2, "canary": False}
     return {
@@ -63,7 +60,7 @@ def tiny_settings(texts: Path, **stage: Any) -> dict[str, Any]:
         "model": {"hidden": 32, "layers": 2, "heads": 4, "query_groups": 2, "ffn_hidden": 48},
         "tokenizer": {"kind": "train", "vocab": 300},
         "stages": [short, {**short, "name": "long", "length": 64, "parallel": parallel}],
-        "checkpoint": {"every": EVERY, "keep": 1},
+        "checkpoint": {"every": every, "keep": 1},
         "evaluation": {"sequences": 1, "documents": 0},
         "telemetry": {"every": 0},
         "tracking": {"wandb": "off"},
@@ -71,15 +68,23 @@ def tiny_settings(texts: Path, **stage: Any) -> dict[str, Any]:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
-    """All of a checkpoint's tensors: weights and moments, whole, whatever the layout was."""
+    """All of a checkpoint's tensors: weights and moments, whole, whatever the layout was.
+
+    Raises:
+        AssertionError: It is torn.
+    """
     reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in stored.items()
-        if isinstance(about, dcp.metadata.TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(about.size, dtype=about.properties.dtype)
+            for name, about in stored.items()
+            if isinstance(about, dcp.metadata.TensorStorageMetadata)
+        }
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise AssertionError(f"{folder.name} is not intact: {error}") from error
     return state
 
 
@@ -88,33 +93,31 @@ def newest_step(run_dir: Path) -> int:
     return RunDirectory(run_dir).newest_checkpoint_step() or 0
 
 
-def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+def steps_of(run_dir: Path, *more: str) -> list[dict[str, Any]]:
     """The steps that a run tells of, repeated ones included, without what a clock decides."""
-    kept = ("step", "stage", "stage_step", "tokens", "loss", "grad_norm", "lr", "attempt")
+    kept = ("step", "stage", "stage_step", "tokens", "loss", "grad_norm", "lr", "attempt", *more)
     events = read_events(run_dir / "events.jsonl")
     return [{name: e[name] for name in kept} for e in events if e["event"] == "step"]
 
 
-@dataclass(frozen=True)
 class Reference:
-    """An unkilled run: its tensors by step, and what its steps told."""
+    """An unkilled run that kept all of its checkpoints.
 
-    tensors: dict[int, dict[str, Tensor]]
-    steps: dict[int, dict[str, Any]]
+    Attributes:
+        steps: What its steps told.
+    """
 
-    @classmethod
-    def read(cls, run_dir: Path) -> "Reference":
-        """From a run that kept all of its checkpoints."""
+    def __init__(self, run_dir: Path) -> None:
         folders = RunDirectory(run_dir).checkpoints.glob("step-*")
-        tensors = {int(folder.name[5:]): checkpoint_tensors(folder) for folder in folders}
-        return cls(tensors, {told["step"]: told for told in steps_of(run_dir)})
+        self._folders = {int(folder.name[5:]): folder for folder in folders}
+        self.steps = {told["step"]: told for told in steps_of(run_dir)}
 
     def assert_same_tensors(self, run_dir: Path) -> None:
         """The newest checkpoint is intact: bit by bit that of the unkilled run at its step."""
         newest = RunDirectory(run_dir).newest_checkpoint()
         if newest is None:
             return
-        found, wanted = checkpoint_tensors(newest), self.tensors[int(newest.name[5:])]
+        found, wanted = map(checkpoint_tensors, (newest, self._folders[int(newest.name[5:])]))
         assert found.keys() == wanted.keys()
         different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
         assert not different, f"{newest.name} has other values in {different}"
@@ -176,11 +179,13 @@ class Kills:
 
     Args:
         folder: An empty one.
+        steps: Of a run, over two stages.
+        every: Steps between checkpoints.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.settings = tiny_settings(folder / "texts")
+    def __init__(self, folder: Path, steps: int = 6, every: int = 2) -> None:
+        self.folder, self.steps, self.every = folder, steps, every
+        self.settings = tiny_settings(folder / "texts", steps, every)
         self.environment = environment(folder / "cache")
         self.forks = Forks(self.environment)
 
@@ -188,37 +193,34 @@ class Kills:
     def reference(self) -> Reference:
         """The unkilled run, by processes that are spawned and not forked."""
         run_dir = self.folder / "reference" / "run"
-        settings = {**self.settings, "checkpoint": {"every": EVERY, "keep": STEPS}}
+        settings = {**self.settings, "checkpoint": {"every": self.every, "keep": self.steps}}
         done = subprocess.run(
             [sys.executable, "-c", _SPAWNED, json.dumps(settings), str(run_dir)],
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=240,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return Reference.read(run_dir)
+        return Reference(run_dir)
 
     @cached_property
     def straight(self) -> tuple[Path, dict[Point, int]]:
         """The run as it shall be killed, unkilled, and its points with how often they come."""
-        run_dir = self._place("straight")
+        run_dir = self.place("straight")
         return run_dir, self._trace(run_dir)
 
     @cached_property
     def killed(self) -> tuple[Path, dict[Point, int]]:
-        """A run that was killed in the midst of its last write of a checkpoint within a stage.
-
-        And the points of resuming it.
-        """
-        inside = [
-            Fault(point, count, ALL)
+        """A run that was killed in the midst of a checkpoint, and the points of resuming it."""
+        halves = {
+            point: count
             for point, count in self.straight[1].items()
-            if point.when == HALF and "checkpoints/step-N" in point.label and count > 1
-        ]
-        run_dir = self._place("killed")
-        self._kill(run_dir, inside[0])
-        again = self._place("killed-again")
+            if point.when == HALF and "checkpoints/step-N" in point.label
+        }
+        busiest = max(halves, key=halves.__getitem__)
+        run_dir = self.place("killed")
+        self._strike(run_dir, Fault(busiest, -(-halves[busiest] * 3 // 4), ALL))
+        again = self.place("killed-again")
         shutil.copytree(run_dir, again)
         return run_dir, self._trace(again)
 
@@ -226,70 +228,85 @@ class Kills:
         """All kills, without those that would only repeat others."""
         points, again = self.straight[1], self.killed[1]
         for point, count in points.items():
-            for victim in (ALL, LAUNCHER) if point.role == "launcher" else (ONE, OTHER, ALL,
-                                                                           LAUNCHER):  # fmt: skip
+            one = () if point.role == "launcher" else (ONE, OTHER)
+            for victim in (*one, ALL, LAUNCHER):
                 yield Case(Fault(point, count, victim), again=False)
             if count > 1:
                 yield Case(Fault(point, 1, ALL), again=False)
         for point, count in again.items():
             if point.label.startswith(STARTING) or point not in points:
-                for victim in (ALL, LAUNCHER) if point.role == "launcher" else (ONE, ALL, LAUNCHER):
+                one = () if point.role == "launcher" else (ONE,)
+                for victim in (*one, ALL, LAUNCHER):
                     yield Case(Fault(point, count, victim), again=True)
 
     def assert_survives(self, case: Case, patch: str | None = None) -> Outcome:
         """Kill a run, look at what is left, resume it, and compare all of it with the reference."""
-        run_dir = self._place("case")
+        run_dir = self.place("case")
         if case.again:
             shutil.copytree(self.killed[0], run_dir)
-        code = self._kill(run_dir, case.fault, patch)
+        code = self._strike(run_dir, case.fault, patch)
+        self.assert_left_intact(run_dir)
+        left = newest_step(run_dir)
+        return Outcome(code, left, self.assert_ends_like_the_unkilled(run_dir))
+
+    def assert_left_intact(self, run_dir: Path) -> None:
+        """What was saved before a kill is there after it."""
         self.reference.assert_same_tensors(run_dir)
-        left, saved = newest_step(run_dir), _saved(run_dir)
-        assert left >= saved, f"step {left} is the newest that is left, {saved} had been saved"
-        resumed = self._launch(run_dir)
-        assert self.forks.run(resumed) == 0, _output(resumed)
+        events = read_events(run_dir / "events.jsonl")
+        saved = max((event["step"] for event in events if event["event"] == "saved"), default=0)
+        left = newest_step(run_dir)
+        assert left >= saved, f"the newest that is left is step {left}, {saved} had been saved"
+
+    def assert_ends_like_the_unkilled(self, run_dir: Path) -> int:
+        """Resume a run to its end. Returns the most steps that a kill cost."""
+        resumed = self.launch(run_dir)
+        assert self.forks.run(resumed) == 0, output(resumed)
+        assert newest_step(run_dir) == self.steps
         self.reference.assert_same_tensors(run_dir)
-        assert newest_step(run_dir) == STEPS
-        lost = self.reference.assert_history(run_dir, EVERY)
-        assert _files(run_dir) == _files(self.straight[0])
-        return Outcome(code, left, lost)
+        lost = self.reference.assert_history(run_dir, self.every)
+        strange = set(_files(run_dir)) ^ set(_files(self.straight[0]))
+        assert not strange, f"left over or missing: {sorted(strange)}"
+        return lost
 
     def points(self, patch: str | None = None) -> dict[Point, int]:
         """The points of a whole run under a patch."""
-        return self._trace(self._place("patched"), patch)
+        return self._trace(self.place("patched"), patch)
 
     def close(self) -> None:
         """End the fork server."""
         self.forks.close()
 
-    def _place(self, name: str) -> Path:
+    def place(self, name: str) -> Path:
+        """Where a new run can be made, in an empty folder."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / name).mkdir()
         return self.folder / name / "run"
 
-    def _launch(self, run_dir: Path, **options: Any) -> Launch:
+    def launch(self, run_dir: Path, **options: Any) -> Launch:
+        """A launch that is traced."""
         control = run_dir.parent / "control"
         return Launch(run_dir, self.settings, control, [run_dir], **options)
 
     def _trace(self, run_dir: Path, patch: str | None = None) -> dict[Point, int]:
-        launch = self._launch(run_dir, patch=patch)
-        assert self.forks.run(launch) == 0, _output(launch)
+        launch = self.launch(run_dir, patch=patch)
+        assert self.forks.run(launch) == 0, output(launch)
         return dict(read_trace(launch.control)[0])
 
-    def _kill(self, run_dir: Path, fault: Fault, patch: str | None = None) -> int:
-        launch = self._launch(run_dir, fault=fault, patch=patch)
+    def _strike(self, run_dir: Path, fault: Fault, patch: str | None = None) -> int:
+        launch = self.launch(run_dir, fault=fault, patch=patch)
         pids = self.forks.start(launch)
         code = self.forks.wait()
-        assert read_trace(launch.control)[1], f"not reached: {fault}\n{_output(launch)}"
-        deadline = time.monotonic() + 10
-        while any(map(_alive, pids.ranks)):
-            assert time.monotonic() < deadline, "ranks outlive their launcher"
-            time.sleep(0.01)
+        assert read_trace(launch.control)[1], f"not reached: {fault}\n{output(launch)}"
+        assert_ended(pids)
         return code
 
 
-def _saved(run_dir: Path) -> int:
-    events = read_events(run_dir / "events.jsonl")
-    return max((event["step"] for event in events if event["event"] == "saved"), default=0)
+def assert_ended(pids: Pids, seconds: float = 10) -> None:
+    """No rank outlives its launcher."""
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, pids.ranks)):
+        assert time.monotonic() < deadline, "ranks outlive their launcher"
+        time.sleep(0.01)
 
 
 def _files(run_dir: Path) -> list[str]:
@@ -306,15 +323,13 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def _output(launch: Launch) -> str:
+def output(launch: Launch) -> str:
+    """What a launcher and its ranks said."""
     logs = [launch.control / "output.log", *launch.run_dir.glob("logs/*")]
     return "\n".join(log.read_text() for log in logs if log.is_file())
 
 
-def as_row(case: Case, outcome: Outcome) -> dict[str, Any]:
+def as_row(case: Case, outcome: Outcome | None = None) -> dict[str, Any]:
     """A case and its outcome, for a table."""
-    return {**asdict(case.fault.point), "time": case.fault.nth, "killed": case.fault.victim,
-            "resumed": case.again, **asdict(outcome)}  # fmt: skip
-
-
-__all__ = ["AFTER", "BEFORE", "Case", "Kills", "Outcome", "Reference", "as_row", "replace"]
+    fault = {"nth": case.fault.nth, "killed": case.fault.victim, "resumed": case.again}
+    return {**asdict(case.fault.point), **fault, **(asdict(outcome) if outcome else {})}
