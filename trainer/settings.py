@@ -11,6 +11,7 @@ from ..attention.layer_settings import AttentionSettings
 from ..attention.settings import RopeSettings
 from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
+from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings, LocalTokenizer, Tokenizer
 
 SCHEME = "hf:"
@@ -153,16 +154,6 @@ class StageSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
-
-
-class CheckpointSettings(Settings):
-    """When checkpoints are written and how many stay."""
-
-    every: int = Field(default=100, ge=1)
-    """Steps between checkpoints; the end of a stage is always saved."""
-
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay on disk."""
 
 
 class EvaluationSettings(Settings):
