@@ -85,13 +85,19 @@ def resume(
             help="Let this resume fall to E1 (other layout or machine) or E0 (other data too).",
         ),
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            "--from", metavar="STEP", help="Go on from this checkpoint; newer ones are set aside."
+        ),
+    ] = None,
 ) -> None:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint, or an older one."""
     from .trainer.exactness import read_level
     from .trainer.launch import resume as resume_run
 
     allowed = None if exactness is None else read_level(exactness, "--exactness")
-    raise typer.Exit(resume_run(run_dir, exactness=allowed))
+    raise typer.Exit(resume_run(run_dir, exactness=allowed, from_step=from_step))
 
 
 @app.command()
