@@ -77,11 +77,20 @@ def train(
 @app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    exactness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="E2|E1|E0",
+            help="Let this resume fall to E1 (other layout or machine) or E0 (other data too).",
+        ),
+    ] = None,
 ) -> None:
     """Go on with a run from its newest checkpoint."""
+    from .trainer.exactness import read_level
     from .trainer.launch import resume as resume_run
 
-    raise typer.Exit(resume_run(run_dir))
+    allowed = None if exactness is None else read_level(exactness, "--exactness")
+    raise typer.Exit(resume_run(run_dir, exactness=allowed))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import DataError, Problem, RecipeError
 from ..trainer.data.settings import LocalTokenizer
 from ..trainer.devices import Machine, this_machine
+from ..trainer.exactness import declared
 from ..trainer.plan import model_ranks, plan_stage, run_ranks
 from ..trainer.settings import ModelSettings
 from .check_attention import warn_of_attention
@@ -55,7 +56,8 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
     for index, stage in enumerate(recipe.stages):
         problems += check_stage(recipe, stage, index, ranks)
     problems += [*check_hand_over(recipe.stages, recipe.model.layers)]
-    problems += [*_check_run(recipe), *check_checkpoint(recipe.checkpoint), *_check_data(recipe)]
+    problems += [*_check_run(recipe), *_check_exactness(recipe, machine), *_check_data(recipe)]
+    problems += [*check_checkpoint(recipe.checkpoint)]
     vocab, tokenizer_problems = _vocabulary(recipe)
     problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
     if problems:
@@ -155,6 +157,15 @@ def _check_run(recipe: Recipe) -> Iterator[Problem]:
         fix = f"evaluation.visible: {max(1, length // 4)}, or evaluation.documents: 0 for no proof"
         expected = f"less than the last stage's length ({length})"
         yield Problem("evaluation.visible", str(proof.visible), expected, fix)
+
+
+def _check_exactness(recipe: Recipe, machine: Machine) -> Iterator[Problem]:
+    """A level that no resume can have would only be found out at the first one."""
+    asked = recipe.checkpoint.exactness
+    best, reason = declared("cuda" if machine.gpus else "cpu")
+    if asked is not None and asked > best:
+        fix = f"exactness: {best}, or left out"
+        yield Problem("checkpoint.exactness", asked, f"at most {best}: {reason}", fix)
 
 
 def _unused_context(recipe: Recipe) -> Iterator[Problem]:

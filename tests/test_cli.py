@@ -34,7 +34,7 @@ def started(monkeypatch):
     """The calls that would have started a run."""
     calls = []
     monkeypatch.setattr(launch, "train", lambda *given: calls.append(given) or 75)
-    monkeypatch.setattr(launch, "resume", lambda *given: calls.append(given) or 0)
+    monkeypatch.setattr(launch, "resume", lambda path, **how: calls.append((path, how)) or 0)
     return calls
 
 
@@ -91,14 +91,18 @@ def test_only_rank_0_warns(longspan, started, monkeypatch):
 
 def test_resume(longspan, started, tmp_path):
     assert longspan("resume", str(tmp_path))[0] == 0
-    assert started == [(tmp_path,)]
+    assert longspan("resume", str(tmp_path), "--exactness", "E1")[0] == 0
+    assert started == [(tmp_path, {"exactness": None}), (tmp_path, {"exactness": "E1"})]
+    code, _, err = longspan("resume", str(tmp_path), "--exactness", "e1")
+    assert code == 2 and "--exactness is e1" in err and "E1 (same data and schedule)" in err
+    assert len(started) == 2
 
 
 def test_errors_of_a_run_and_ctrl_c(longspan, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RunError("it broke", "mend it")
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "resume", fail)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import RunError
 from .devices import gpu_count
+from .exactness import Level, allow
 from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
 from .gang import Gang, say
 from .observe.summary import render_complete
@@ -25,7 +26,14 @@ WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
 _SHOWN_LINES = 12
 
 
-def train(run: RunSettings, name: str, run_dir: Path, command: Sequence[str] = WORKER) -> int:
+def train(
+    run: RunSettings,
+    name: str,
+    run_dir: Path,
+    command: Sequence[str] = WORKER,
+    *,
+    exactness: Level | None = None,
+) -> int:
     """Train a recipe in `run_dir`, or go on with the run of the same recipe that is there.
 
     Args:
@@ -33,6 +41,7 @@ def train(run: RunSettings, name: str, run_dir: Path, command: Sequence[str] = W
         name: The recipe's name.
         run_dir: Made when it does not exist.
         command: The command of one rank, without its argument.
+        exactness: The level that this resume may fall to; None: as the run says.
 
     Returns:
         0 complete, 75 stopped and resumable, 2 user error, 1 crash, 130 stopped at once.
@@ -40,6 +49,7 @@ def train(run: RunSettings, name: str, run_dir: Path, command: Sequence[str] = W
     Raises:
         RunError: Nothing could be started.
     """
+    allow(exactness)
     if under_torchrun():
         return join_torchrun(run, name, run_dir)
     local_ranks(run)
@@ -48,12 +58,15 @@ def train(run: RunSettings, name: str, run_dir: Path, command: Sequence[str] = W
     return _go_on(directory, run, command)
 
 
-def resume(run_dir: Path, command: Sequence[str] = WORKER) -> int:
+def resume(
+    run_dir: Path, command: Sequence[str] = WORKER, *, exactness: Level | None = None
+) -> int:
     """Go on with the run in `run_dir` from its newest checkpoint.
 
     Args:
         run_dir: The folder of a run.
         command: The command of one rank, without its argument.
+        exactness: The level that this resume may fall to; None: as the run says.
 
     Returns:
         As `train`.
@@ -64,7 +77,7 @@ def resume(run_dir: Path, command: Sequence[str] = WORKER) -> int:
     directory = RunDirectory(run_dir)
     run = directory.load_settings()
     name = directory.read_environment().get("recipe", directory.path.name)
-    return train(run, name, directory.path, command)
+    return train(run, name, directory.path, command, exactness=exactness)
 
 
 def local_ranks(run: RunSettings) -> int:

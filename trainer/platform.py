@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,6 +25,17 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend for this machine."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def processor() -> str:
+    """What this process computes on, told apart where sums may round differently."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    named = None
+    if (table := Path("/proc/cpuinfo")).is_file():
+        named = re.search(r"^model name\s*:\s*(.+)$", table.read_text("utf-8"), re.MULTILINE)
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def set_up(local_rank: int, local_ranks: int) -> None:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..errors import RunError
+from .changes import changes
 from .settings import RunSettings
 
 _FOLDERS = ("logs", "checkpoints", "evaluations")
@@ -237,8 +238,8 @@ def check_same_recipe(directory: RunDirectory, run: RunSettings) -> None:
     recorded = directory.load_settings()
     if settings_hash(recorded) == settings_hash(run):
         return
-    changes = list(_changes("", recorded.model_dump(mode="json"), run.model_dump(mode="json")))
-    shown = [*changes[:12], *([f"and {len(changes) - 12} more"] if len(changes) > 12 else [])]
+    found = list(changes(recorded.model_dump(mode="json"), run.model_dump(mode="json")))
+    shown = [*found[:12], *([f"and {len(found) - 12} more"] if len(found) > 12 else [])]
     lines = "\n  ".join(["holds a run of another recipe (there -> asked for):", *shown])
     raise RunError(
         f"{directory} {lines}",
@@ -307,20 +308,3 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
-    """The leaves that differ, as `stages.0.length: 1024 -> 4096`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _changes(f"{path}.{key}", old.get(key), new.get(key))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from _changes(f"{path}.{index}", before, after)
-    elif old != new:
-        yield f"{path[1:]}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -43,3 +43,21 @@ def train_and_resume(run: RunSettings, folder: Path, steps: int = 4) -> list[tup
     engine = Engine(run, run.stages[0], VOCAB)
     assert load_engine(engine, folder, optimizer=True) == []
     return half + [take_step(engine, step) for step in range(steps // 2, steps)]
+
+
+def save_then_go_on(run: RunSettings, folder: str, steps: int) -> list[tuple[float, float]]:
+    """Two steps, a checkpoint, `steps` more: their losses and norms."""
+    engine = Engine(run, run.stages[0], VOCAB)
+    for step in range(2):
+        take_step(engine, step)
+    save_engine(engine, Path(folder))
+    return [take_step(engine, 2 + step) for step in range(steps)]
+
+
+def load_and_go_on(
+    run: RunSettings, folder: str, steps: int, optimizer: bool = True
+) -> list[tuple[float, float]]:
+    """The same steps after a load into a fresh engine."""
+    engine = Engine(run, run.stages[0], VOCAB)
+    load_engine(engine, Path(folder), optimizer=optimizer)
+    return [take_step(engine, 2 + step) for step in range(steps)]

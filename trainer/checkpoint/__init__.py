@@ -1,1 +1,1 @@
-"""Checkpoints: where they live, when they are complete, which of them may go."""
+"""Checkpoints: what lies where in them, how they are written, committed, found and read."""

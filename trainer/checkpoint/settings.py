@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from ...settings import Settings
+from ..exactness import Level
 
 
 class CheckpointSettings(Settings):
@@ -33,3 +34,7 @@ class CheckpointSettings(Settings):
 
     misses: int = Field(default=3, ge=1)
     """Saves in a row that may fail before the run ends with an error."""
+
+    exactness: Level | None = None
+    """The least that a resume may keep: E2 bit-exact, E1 the same data and schedule under any
+    layout, E0 weights and moments only. Left out: what the run declared when it began."""

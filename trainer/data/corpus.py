@@ -21,7 +21,7 @@ from .settings import DataSettings, Source, Tokenizer, TrainedTokenizer
 from .sources import Document, fingerprint, read_documents, total_bytes
 from .tokenizer import TextTokenizer, train_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings give other files."""
 
 _SPLITS = ("train", "held_out")
@@ -40,7 +40,9 @@ class Corpus:
         vocab: Token ids are below this.
         eod: The token that ends every document.
         tokenizer_path: A folder that Hugging Face libraries load.
-        key: Of the content and settings.
+        key: Of the sources and settings.
+        content: Of the training documents' tokens, wherever they came from.
+        tokenizer_key: Of the tokenizer's files.
         info: Counts: documents, tokens, held_out_documents, held_out_tokens, duplicates, empty.
     """
 
@@ -50,6 +52,8 @@ class Corpus:
     eod: int
     tokenizer_path: Path
     key: str
+    content: str
+    tokenizer_key: str
     info: dict[str, int]
 
 
@@ -180,8 +184,8 @@ def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[D
 
 def _tokenise(
     data: DataSettings, tokenizer: TextTokenizer, folder: Path, progress: bool
-) -> dict[str, int]:
-    """Write both splits into `folder`; returns the counts of `Corpus.info`."""
+) -> dict[str, Any]:
+    """Write both splits into `folder`; returns `Corpus.content` and the counts of its `info`."""
     dropped: Counter[str] = Counter()
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
@@ -212,6 +216,7 @@ def _tokenise(
             missing = written * (reading.total - reading.done) // max(reading.done, 1)
             raise disk_full(folder, missing if reading.done else None) from error
     return {
+        "content": writers["train"].content,
         "documents": documents["train"],
         "tokens": tokens["train"],
         "held_out_documents": documents["held_out"],
@@ -226,8 +231,9 @@ def _open(folder: Path, key: str, tokenizer: TextTokenizer) -> Corpus:
         info = json.loads((folder / _INFO).read_text())
         splits = {split: IndexedDocuments(folder / split) for split in _SPLITS}
         complete = all(documents.complete for documents in splits.values())
-    except (OSError, ValueError, AssertionError):
-        complete, splits, info = False, {}, {}
+        content = info.pop("content")
+    except (OSError, ValueError, AssertionError, KeyError):
+        complete, splits, info, content = False, {}, {}, ""
     if not complete:
         what = f"the tokenised data in {folder} are damaged"
         raise DataError(what, "delete that folder; it is made again from the sources")
@@ -237,5 +243,7 @@ def _open(folder: Path, key: str, tokenizer: TextTokenizer) -> Corpus:
         eod=tokenizer.eod,
         tokenizer_path=folder / "tokenizer",
         key=key,
+        content=content,
+        tokenizer_key=tokenizer.key,
         info=info,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -74,9 +75,17 @@ class DocumentWriter:
         dtype = indexed.DType.optimal_dtype(vocab)
         self.token_bytes = np.dtype(dtype).itemsize
         self._builder = indexed.IndexedDatasetBuilder(str(prefix.with_suffix(".bin")), dtype=dtype)
+        self._content = hashlib.blake2b(digest_size=16)
+
+    @property
+    def content(self) -> str:
+        """A key of the documents so far: only the same tokens in the same order have it."""
+        return self._content.hexdigest()
 
     def add(self, tokens: np.ndarray) -> None:
         """Append a document of int64 tokens."""
+        self._content.update(len(tokens).to_bytes(8, "little"))
+        self._content.update(tokens.astype("<i8").tobytes())
         self._builder.add_document(torch.from_numpy(tokens), [len(tokens)])
 
     def finish(self) -> None:

@@ -57,6 +57,7 @@ class Packing:
         self._fill = _fill(parts, sequence_length, orders)
         self._pieces = array("q")
         self._ends = array("q", [0])
+        self._digest, self._digested = hashlib.blake2b(digest_size=16), 0
 
     def __len__(self) -> int:
         return self.sequences
@@ -70,6 +71,19 @@ class Packing:
             self._ends.append(len(self._pieces))
         flat = self._pieces[self._ends[index] : self._ends[index + 1]]
         return [Piece(*flat[at : at + 3]) for at in range(0, len(flat), 3)]
+
+    def digest(self, sequences: int) -> str:
+        """A key of the first sequences: only the same pieces in the same order have it."""
+        if sequences:
+            self[sequences - 1]
+        end = self._ends[sequences]
+        if end < self._digested:
+            self._digest, self._digested = hashlib.blake2b(digest_size=16), 0
+        # A digest grows with what is asked for: a save reads what came since the last one.
+        with memoryview(self._pieces) as pieces, pieces[self._digested : end] as new:
+            self._digest.update(new)
+        self._digested = end
+        return self._digest.hexdigest()
 
 
 def pack_once(lengths: np.ndarray, sequence_length: int) -> list[list[Piece]]:

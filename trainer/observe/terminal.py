@@ -54,10 +54,13 @@ class Terminal(Sink):
         self._shown_at = -float("inf")
 
     def run_started(self, info: Mapping[str, Any]) -> None:
-        """Remember the stages ahead."""
+        """Remember the stages ahead; one line with what a resume will keep."""
         stages = info.get("stages", ())
         self._stages = [stage["name"] for stage in stages]
         self._eta = Eta({stage["name"]: (stage["steps"], stage["tokens"]) for stage in stages})
+        if exactness := info.get("exactness"):
+            reason = f": {exactness['reason']}" if exactness["reason"] else ""
+            self.message(f"exactness {exactness['meaning']}{reason}")
 
     def stage_started(self, name: str, index: int, info: Mapping[str, Any]) -> None:
         """One line with what the stage runs."""
