@@ -160,8 +160,8 @@ def test_so_far_counts_up_to_now(tmp_path):
     log.write("stage_started")
     time.sleep(0.2)
     found = goodput_so_far(log.path)
-    assert found.seconds["other"] == pytest.approx(found.wall_s, abs=0.05)
-    assert 0.2 <= found.wall_s < 5 and len(found.attempts) == 1
+    assert 0.2 <= found.seconds["other"] <= found.wall_s and len(found.attempts) == 1
+    assert found.wall_s == pytest.approx(sum(found.seconds[name] for name in ("other", "start_up")))
 
 
 NAMES = ["queued", "launched", "run_started", "restored", "stage_started", "canary", "step"]
@@ -190,7 +190,7 @@ def streams(draw):
     return events
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(streams(), st.booleans())
 def test_buckets_are_never_negative_and_add_up_to_the_wall(events, running):
     found = measure_goodput(events, running)
