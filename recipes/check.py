@@ -14,6 +14,7 @@ from ..trainer.exactness import declared
 from ..trainer.plan import model_ranks, plan_stage, run_ranks
 from ..trainer.settings import ModelSettings
 from .check_attention import warn_of_attention
+from .check_checkpoint import check_checkpoint
 from .check_hand_over import check_hand_over, warn_of_hand_over
 from .check_rope import check_induction_rope
 from .check_stage import check_stage
@@ -55,7 +56,8 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
     for index, stage in enumerate(recipe.stages):
         problems += check_stage(recipe, stage, index, ranks)
     problems += [*check_hand_over(recipe.stages, recipe.model.layers)]
-    problems += [*_check_run(recipe), *_check_exactness(recipe, machine), *_check_data(recipe)]
+    problems += [*_check_run(recipe), *check_checkpoint(recipe.checkpoint)]
+    problems += [*_check_exactness(recipe, machine), *_check_data(recipe)]
     vocab, tokenizer_problems = _vocabulary(recipe)
     problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
     if problems:

@@ -14,8 +14,12 @@ import torch.distributed as dist
 from ..attention.catalogue import words
 from ..cache import default_cache
 from ..errors import CheckpointError
-from . import checkpoints
-from .checkpoints import Cursor
+from .checkpoint.cursor import Cursor
+from .checkpoint.folders import FolderName
+from .checkpoint.loader import Checkpoint, newest, refuse_damaged, refuse_other_rope
+from .checkpoint.saver import Outcome, Saver, State
+from .checkpoint.store import open_store
+from .checkpoint.stored import StoredState
 from .conditions import machine_conditions, order, stage_conditions
 from .context_proof import context_proof
 from .convert.companions import keep_companions
@@ -23,6 +27,7 @@ from .convert.weights import FolderWeights
 from .data.corpus import Corpus, prepare_corpus
 from .data.packing import Packing
 from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
+from .engine.checkpoint import load_state, model_dtype, state_pieces, state_steps
 from .engine.engine import Engine
 from .evaluation import held_out_loss
 from .exactness import Conditions, Promise, declared, described, go_on
@@ -63,6 +68,8 @@ class Run:
         self.plans = [plan_stage(stage, dist.get_world_size()) for stage in run.stages]
         self.steps = sum(plan.steps for plan in self.plans)
         self.first = dist.get_rank() == 0
+        self.store = open_store(run.checkpoint.where, directory.path)
+        self.saver = Saver(self.store, run.checkpoint)
         self.machine = machine_conditions(run)
         self.promise: Promise | None = None
         """None until the first stage of this attempt is open."""
@@ -71,15 +78,15 @@ class Run:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
         begun = time.monotonic()
         self.observer.run_started(self._info())
-        newest = checkpoints.newest(self.directory.checkpoints)
-        cursor = Cursor() if newest is None else checkpoints.read_cursor(newest)
+        checkpoint = self._found()
+        cursor = Cursor() if checkpoint is None else checkpoint.cursor
         done_before = cursor.tokens
         while True:
             last = cursor.stage + 1 == len(self.run.stages)
             if not last and self._closed(cursor):
                 cursor = replace(cursor, stage=cursor.stage + 1, stage_step=0, next_sample=0)
                 continue
-            stage = self._open_stage(cursor, newest)
+            stage = self._open_stage(cursor, checkpoint)
             end = self._train_stage(stage, cursor)
             cursor = end.cursor
             if end.stopped:
@@ -90,15 +97,29 @@ class Run:
                 seconds = time.monotonic() - begun
                 self._finish(stage, cursor, seconds, (cursor.tokens - done_before) / seconds)
                 return True
-            newest = checkpoints.newest(self.directory.checkpoints)
+            checkpoint = newest(self.store)
             del stage
             gc.collect()
 
-    def _open_stage(self, cursor: Cursor, newest: Path | None) -> _Stage:
+    def _found(self) -> Checkpoint | None:
+        """The newest checkpoint, every byte of which is what was written.
+
+        What an attempt left half-written that was killed is removed.
+        """
+        checkpoint = newest(self.store)
+        if checkpoint is not None:
+            refuse_damaged(checkpoint)
+            self.saver.committed = checkpoint.cursor.step
+        if self.first:
+            for folder in self.store.unfinished():
+                self.store.remove(folder)
+        return checkpoint
+
+    def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> _Stage:
         """Build the stage's engine and load the newest checkpoint into it."""
         settings, folder = self.run.stages[cursor.stage], self.run.model.folder
         weights = None
-        if newest is None and folder is not None:
+        if checkpoint is None and folder is not None:
             weights = FolderWeights(folder)  # before the data: it says at once what is wrong
         corpus = self._corpus(settings)
         if self.first:
@@ -112,42 +133,43 @@ class Run:
         now = stage_conditions(self.run, cursor.stage, self.machine, corpus, engine.choice)
         stage = _Stage(cursor.stage, settings, corpus, packing, engine, now)
         if self.promise is None:
-            self.promise = self._promise(stage, cursor, newest)
-        if newest is not None:
+            self.promise = self._promise(stage, cursor, checkpoint)
+        if checkpoint is not None:
             inside = cursor.stage_step > 0
             if inside:
-                checkpoints.refuse_other_rope(newest, settings.rope)
-            new = checkpoints.load(newest, engine, optimizer=inside or settings.carry_optimizer)
+                refuse_other_rope(checkpoint, settings.rope)
+            optimizer = inside or settings.carry_optimizer
+            new = load_state(engine, StoredState(checkpoint.files), optimizer=optimizer)
             if new and inside:
                 raise CheckpointError(
-                    f"checkpoint {newest} lacks parameters that its own stage has: {new[0]}",
+                    f"checkpoint {checkpoint.files} lacks {new[0]}, which its own stage has",
                     "resume with the recipe that it was written with",
                 )
             if new:
                 self.observer.message(
                     f"stage {settings.name} adds {len(new)} parameter tensors to those of "
-                    f"{newest.name}: they start from the seed, with moments of zero"
+                    f"{checkpoint.name}: they start from the seed, with moments of zero"
                 )
         return stage
 
-    def _promise(self, stage: _Stage, cursor: Cursor, newest: Path | None) -> Promise:
+    def _promise(self, stage: _Stage, cursor: Cursor, checkpoint: Checkpoint | None) -> Promise:
         """What the run promises: at its start, or after a resume, which is told and may be refused.
 
         Raises:
             RunError: The resume would be less exact than it may be.
         """
-        if newest is None:
+        if checkpoint is None:
             level, _ = declared(self.machine["device"])
             return Promise(level, level)
         resume = go_on(
-            checkpoints.read_state(newest),
+            checkpoint.manifest.info,
             _at(stage, cursor),
             inside=cursor.stage_step > 0,
             setting=self.run.checkpoint.exactness,
-            checkpoint=newest.name,
+            checkpoint=checkpoint.name,
             run=str(self.directory),
         )
-        words = f"going on from {newest.name}, stage {stage.settings.name}: {resume.words}"
+        words = f"going on from {checkpoint.name}, stage {stage.settings.name}: {resume.words}"
         self.observer.message(words)
         return resume.promise
 
@@ -189,17 +211,19 @@ class Run:
             samples=TrainingSamples(stage.corpus.train, stage.packing),
             observer=self.observer,
             stop=self.stop,
-            save=lambda at: self._save(stage, at),
+            save=lambda at, wait: self._save(stage, at, wait),
+            poll=self._poll,
             evaluate=lambda at: self._evaluate(stage, at),
         )
         end = loop.train(cursor)
         if end.cursor.stage_step == plan.steps:
-            self._save(stage, end.cursor)
+            self._save(stage, end.cursor, wait=True)
         return end
 
-    def _save(self, stage: _Stage, cursor: Cursor) -> None:
+    def _save(self, stage: _Stage, cursor: Cursor, wait: bool) -> None:
+        """Begin to save, or save; tell how the save before it ended."""
+        engine = stage.engine
         assert self.promise is not None
-        begun = time.monotonic()
         info = {
             "stage_name": stage.settings.name,
             "ranks": dist.get_world_size(),
@@ -207,21 +231,40 @@ class Run:
             "rope": stage.settings.rope.model_dump(mode="json"),
             "attention": stage.settings.attention.model_dump(mode="json"),
             "model": self.run.model.model_dump(mode="json"),
-            "vocab": stage.engine.model.real_vocab,
+            "vocab": engine.model.real_vocab,
             "length": stage.settings.length,
             "precision": self.run.precision,
             "recipe": settings_hash(self.run),
             "conditions": _at(stage, cursor).record(),
             "exactness": self.promise.record(),
         }
-        path = checkpoints.save(
-            self.directory.checkpoints,
-            stage.engine,
-            cursor,
-            keep=self.run.checkpoint.keep,
-            info=info,
-        )
-        self.observer.saved(cursor.step, path, time.monotonic() - begun)
+
+        def state() -> State:
+            return State(state_pieces(engine), model_dtype(engine), state_steps(engine))
+
+        self._tell(self.saver.save(state, cursor, info, wait=wait))
+        if not wait:
+            return
+        done = self.saver.wait()
+        self._tell(done)
+        if done is not None and done.error is not None:
+            raise done.error
+
+    def _poll(self) -> None:
+        """Tell how the save in flight ended, if it has."""
+        self._tell(self.saver.poll())
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        step = outcome.cursor.step
+        if outcome.error is not None:
+            self.observer.alarm("checkpoint", step, f"not saved: {outcome.error}")
+            return
+        where = Path(self.store.root) / str(outcome.name)
+        self.observer.saved(step, where, outcome.seconds)
+        if outcome.warning:
+            self.observer.warning(f"after the checkpoint of step {step}: {outcome.warning}")
 
     def _evaluate(self, stage: _Stage, cursor: Cursor) -> float:
         """Held-out loss of the live weights."""
@@ -287,7 +330,7 @@ class Run:
             "wall_s": seconds,
             "tokens_per_s": speed,
             "parameters": stage.engine.parameters,
-            "checkpoint": str(self.directory.checkpoints / checkpoints.name(cursor)),
+            "checkpoint": f"{self.store}/{FolderName(cursor.step)}",
             "stages": reports,
             "evaluations": [{"name": "held-out documents", **proof}] if proof else [],
             "exactness": self.promise.record() if self.promise else None,

@@ -11,8 +11,8 @@ from ..attention.layer_settings import AttentionSettings
 from ..attention.settings import RopeSettings
 from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
+from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings, LocalTokenizer, Tokenizer
-from .exactness import Level
 
 SCHEME = "hf:"
 """Stands before the folder of a Hugging Face checkpoint."""
@@ -154,20 +154,6 @@ class StageSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
-
-
-class CheckpointSettings(Settings):
-    """When checkpoints are written and how many stay."""
-
-    every: int = Field(default=100, ge=1)
-    """Steps between checkpoints; the end of a stage is always saved."""
-
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay on disk."""
-
-    exactness: Level | None = None
-    """The least that a resume may keep: E2 bit-exact, E1 the same data and schedule under any
-    layout, E0 weights and moments only. Left out: what the run declared when it began."""
 
 
 class EvaluationSettings(Settings):

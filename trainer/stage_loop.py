@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ..attention.probe import Probe
 from ..errors import RunError
 from ..parallel.waiting import Waiting
-from .checkpoints import Cursor
+from .checkpoint.cursor import Cursor
 from .context_load import ContextLoad
 from .data.samples import Sample, TrainingSamples, join
 from .engine.canary import compare
@@ -61,7 +61,8 @@ class StageLoop:
         samples: Its sequences.
         observer: Told of every step.
         stop: Set by a signal.
-        save: Called with the cursor where a checkpoint is due.
+        save: Called with the cursor where a checkpoint is due, and whether to wait for it.
+        poll: Called after every step.
         evaluate: Called with the cursor where an evaluation is due.
     """
 
@@ -76,12 +77,13 @@ class StageLoop:
         samples: TrainingSamples,
         observer: Observer,
         stop: StopRequest,
-        save: Callable[[Cursor], None],
+        save: Callable[[Cursor, bool], None],
+        poll: Callable[[], None],
         evaluate: Callable[[Cursor], object],
     ) -> None:
         self.run, self.stage, self.plan, self.steps = run, stage, plan, steps
         self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
-        self.save, self.evaluate = save, evaluate
+        self.save, self.poll, self.evaluate = save, poll, evaluate
         self._loss, self._stopping = math.nan, False
         self._load = ContextLoad(run.model, stage, engine.choice)
         self._count = FlopsCounter(run.model, stage, engine.model.real_vocab)
@@ -122,7 +124,8 @@ class StageLoop:
             if evaluate and not ended:
                 self.evaluate(cursor)
             if (save or self._stopping) and not ended:
-                self.save(cursor)
+                self.save(cursor, self._stopping)
+            self.poll()
         return StageEnd(cursor, self._loss, self._stopping)
 
     def _compare(self, cursor: Cursor) -> None:

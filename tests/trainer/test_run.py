@@ -77,7 +77,7 @@ def test_a_run_trains_both_stages_and_proves_its_context(straight):
 
 def test_checkpoints_and_the_log_know_the_whole_rope(straight):
     run_dir, _ = straight
-    state = json.loads((run_dir / "checkpoints" / "step-00000016" / "state.json").read_text())
+    state = json.loads((run_dir / "checkpoints" / "step-00000016" / "manifest.json").read_text())
     rope = load_recipe("smoke").stages[1].rope
     assert rope.base == 100_000 and RopeSettings.model_validate(state["rope"]) == rope
     assert state["rope"].keys() == RopeSettings.model_fields.keys()
@@ -127,7 +127,7 @@ def test_context_ranks_are_compared_with_one_before_they_train(straight):
 
 def test_nothing_is_left_of_old_or_unfinished_checkpoints(straight):
     names = sorted(path.name for path in (straight[0] / "checkpoints").iterdir())
-    assert names == ["step-00000014", "step-00000016"]
+    assert names == ["latest", "step-00000014", "step-00000016"]
 
 
 def test_a_complete_run_is_not_trained_again(straight, environment):
@@ -229,18 +229,28 @@ def test_a_full_disk_is_named_and_keeps_the_older_checkpoint(environment, tmp_pa
         assert "no space left for a checkpoint" in done.stderr
         assert "Traceback" not in done.stderr + done.stdout
         assert list(run_dir.glob("checkpoints/step-*/COMMITTED"))
-        assert not list(run_dir.glob("checkpoints/*.tmp"))
+        assert not list(run_dir.glob("checkpoints/*.tmp*"))
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_damaged_checkpoint_is_named(straight, environment, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_offered(
+    straight, environment, tmp_path
+):
     shutil.copytree(straight[0], tmp_path / "run")
     (tmp_path / "run" / "complete.json").unlink()
-    newest = tmp_path / "run" / "checkpoints" / "step-00000016"
-    for shard in newest.glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:100])
+    shard = tmp_path / "run" / "checkpoints" / "step-00000016" / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
     done = longspan([*RESUME, "run"], environment, tmp_path)
     assert done.returncode == 2
-    assert "step-00000016" in done.stderr and "cannot be read" in done.stderr
+    assert "step-00000016 is damaged: rank-00001.safetensors is not what was" in done.stderr
+    assert "step 14: `longspan resume run --from 14` goes on" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+    assert shard.read_bytes() == content
+    done = longspan([*RESUME, "run", "--from", "14"], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(straight[0])
+    aside = tmp_path / "run" / "checkpoints" / "step-00000016.aside-1"
+    assert (aside / shard.name).read_bytes() == content

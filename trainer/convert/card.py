@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ...attention.catalogue import words
+from ..checkpoint.manifest import MANIFEST
 from ..data.settings import DataSettings, StdlibSource
 from ..observe.events import read_events
 from ..plan import plan_stage
@@ -25,7 +26,7 @@ def model_card(directory: RunDirectory, run: RunSettings, checkpoint: Path, name
         checkpoint: The exported checkpoint of the run.
         name: The model's name.
     """
-    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    state = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
     cursor = state["cursor"]
     environment = directory.read_environment()
     start = f"the weights of `{run.model.weights}`" if run.model.weights else "random weights"

@@ -15,6 +15,7 @@ import torch
 
 from ...attention.settings import RopeSettings
 from ...errors import CheckpointError, ConversionError
+from ..checkpoint.manifest import MANIFEST
 from ..data.tokenizer import TextTokenizer
 from ..run_directory import write_atomically
 from ..settings import ModelSettings
@@ -108,11 +109,11 @@ def checkpoint_model(checkpoint: Path) -> HfModel:
     """The model of a checkpoint that a run wrote, in the family that computes the same.
 
     Raises:
-        CheckpointError: Its state.json does not say what model it holds.
+        CheckpointError: Its manifest does not say what model it holds.
         ConversionError: No family computes what it does.
     """
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        state: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
         model = ModelSettings.model_validate(state["model"])
         rope = RopeSettings.model_validate(state["rope"])
         vocab, length = int(state["vocab"]), int(state["length"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ..checkpoint.manifest import MANIFEST
 from ..data.tokenizer import TextTokenizer
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings
@@ -17,8 +18,6 @@ from .companions import copy_companions
 from .convert import checkpoint_model, export_checkpoint
 from .families import KEPT, family_for
 from .hf_config import CONFIG, Dtype, HfModel, read_config
-
-_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
     """
     directory, checkpoint = _find(what)
     run = directory.load_settings()
-    stage = json.loads((checkpoint / _STATE).read_text("utf-8"))["cursor"]["stage"]
+    stage = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["cursor"]["stage"]
     attention = exported_attention(run.stages[stage].attention, run.model.layers)
     hf = _with_history(checkpoint_model(checkpoint), directory, run)
     companions: list[str] = []
@@ -63,7 +62,7 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
 def _find(what: Path) -> tuple[RunDirectory, Path]:
     """The run and the checkpoint that a path means."""
     path = what.absolute()
-    if (path / _STATE).is_file():
+    if (path / MANIFEST).is_file():
         return RunDirectory(path.parent.parent), path
     directory = RunDirectory(path)
     directory.load_settings()

@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import queue
 import sys
 import types
 import warnings
@@ -30,7 +29,6 @@ _CONSTANTS = {
 }
 # Modules whose `tensor.cuda()` is reached on a CPU: there the attribute is compiled as `cpu`.
 CUDA_METHOD_MODULES = (
-    "megatron.core.dist_checkpointing.exchange_utils",
     "megatron.core.models.common.language_module.language_module",
     "megatron.core.optimizer.distrib_optimizer",
 )
@@ -231,64 +229,14 @@ def _mend_token_count(module: types.ModuleType) -> None:
 
 
 def mend_optimizer() -> None:
-    """One AdamW for every machine: torch's fused one, and a state that survives a checkpoint.
+    """One AdamW for every machine: torch's fused one.
 
-    With torch's AdamW megatron's distributed optimizer copies a `step` that it did not load and
-    refuses to copy into fp32 parameters that need gradients. TransformerEngine's and Apex's Adam
-    cannot skip a step on the device, so they are not used even where they are installed.
+    TransformerEngine's and Apex's Adam cannot skip a step on the device, so they are not used even
+    where they are installed.
     """
     package = importlib.import_module("megatron.core.optimizer")
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     require(package, "USING_PYTORCH_OPTIMIZER")
-    require(module, "HAVE_APEX_OR_TE", "DistributedOptimizer")
+    require(module, "HAVE_APEX_OR_TE")
     vars(package).update(USING_PYTORCH_OPTIMIZER=True)
     vars(module).update(HAVE_APEX_OR_TE=False)
-    require(module.DistributedOptimizer, "_set_main_param_and_optimizer_states")
-
-    @torch.no_grad()
-    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        state = {"param": main_param, **self.optimizer.state[main_param]}
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
-
-    module.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-
-
-def mend_writer() -> None:
-    """Write checkpoint shards in this process.
-
-    Megatron starts a manager process by spawn, which hangs a script without a __main__ guard (trap
-    S5), and in 0.16 forks a process per file, from a process that may hold CUDA and threads.
-    """
-    module = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    require(module, "_results_queue", "FileSystemWriterAsync")
-    if module._results_queue is None:
-        module.__dict__["_results_queue"] = queue.Queue()
-    writer = module.FileSystemWriterAsync
-    if hasattr(writer, "write_preloaded_data_multiproc"):
-        writer.write_preloaded_data_multiproc = staticmethod(_write_here)
-    else:
-        require(writer, "write_preloaded_data_multithread")
-
-
-def _write_here(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
-) -> None:
-    """megatron's multi-process write, one bucket after the other in this process."""
-    module = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    written: dict[int, Any] | Exception = {}
-    for number, bucket in enumerate(buckets):
-        done: queue.Queue[Any] = queue.Queue()
-        count: queue.Queue[Any] = queue.Queue()
-        count.put(number)
-        module.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, done, count, use_fsync=True
-        )
-        outcome = done.get_nowait()[1]
-        if isinstance(outcome, Exception):
-            written = outcome
-            break
-        written[number] = outcome
-    results.put(written)

@@ -95,7 +95,7 @@ class Optimizer:
         for part in self._parts:
             # Set after construction: megatron offers no way to ask for the fused kernel.
             part.optimizer._step_supports_amp_scaling = True
-        self._frozen = {id(main) for model, main, _ in self._shards() if not learns(model)}
+        self._frozen = {id(main) for model, main, _, _ in self.shards() if not learns(model)}
         self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -117,34 +117,37 @@ class Optimizer:
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
 
+    def shards(
+        self,
+    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, dict[str, Any], int]]:
+        """What this rank updates of the model's parameters.
+
+        Yields:
+            The parameter, the fp32 main copy of this rank's elements of it, their state, and the
+            first of them, counted row by row.
+        """
+        for part in self._parts:
+            for model, (group, order) in part.model_param_group_index_map.items():
+                main = part.optimizer.param_groups[group]["params"][order]
+                first = part._get_model_param_range_map(model)["param"].start
+                yield model, main, part.optimizer.state[main], first
+
     def steps(self) -> dict[torch.nn.Parameter, int]:
         """How often each parameter that this rank has a shard of was updated."""
-        shards = [(model, state["step"]) for model, _, state in self._shards() if state]
+        shards = [(model, state["step"]) for model, _, state, _ in self.shards() if state]
         if not shards:
             return {}
         counts = torch.stack([step.float() for _, step in shards]).tolist()
         return {model: int(n) for (model, _), n in zip(shards, counts, strict=True)}
 
     def set_steps(self, count: Callable[[torch.nn.Parameter], int]) -> None:
-        """Give every parameter a step count of its own.
+        """Give every parameter a step count of its own, and a tensor of its own for it.
 
-        megatron's load puts one tensor in all of them, and each update then advances it once per
-        parameter (trap S1). And parameters are not equally old: some joined later, or stood still.
+        They are not equally old: some joined later, or stood still.
         """
-        for model, _, state in self._shards():
+        for model, _, state, _ in self.shards():
             if state:
                 state["step"] = torch.full_like(state["step"], float(count(model)))
-
-    @contextmanager
-    def equal_steps(self) -> Iterator[None]:
-        """For as long as megatron looks at the state: it wants all step counts to be one."""
-        counts = self.steps()
-        most = max(counts.values(), default=0)
-        self.set_steps(lambda parameter: most)
-        try:
-            yield
-        finally:
-            self.set_steps(counts.__getitem__)
 
     def step(
         self,
@@ -211,13 +214,6 @@ class Optimizer:
         for part in self._parts:
             part.optimizer.grad_scale = divisor
             part.optimizer.found_inf = skipped
-
-    def _shards(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, dict[str, Any]]]:
-        """The model's parameters, this rank's main parts of them, and their state."""
-        for part in self._parts:
-            for model, (group, order) in part.model_param_group_index_map.items():
-                main = part.optimizer.param_groups[group]["params"][order]
-                yield model, main, part.optimizer.state[main]
 
     @contextmanager
     def _only_what_learns(self) -> Iterator[None]:

@@ -53,11 +53,14 @@ def global_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 tail = path.removeprefix(prefix)
                 name = f"{kind}.{index}.{tail}" if kind == "layer" else f"{name}@expert.{index}"
         if name == "output_layer.weight" and tied:
-            name = "embedding.word_embeddings.weight"  # the last pipeline rank's copy
+            name = EMBEDDING  # the last pipeline rank's copy
         # The local number of an expert says nothing about which expert it is.
         named.append((re.sub(r"local_experts\.\d+\.", "", name), parameter))
     return named
 
+
+EMBEDDING = "embedding.word_embeddings.weight"
+"""The name of the input embedding, and of the output layer where that is the same matrix."""
 
 ADDED = ".self_attention.attention."
 """In the names of all parameters of mechanisms and gates, which no pretrained model has."""

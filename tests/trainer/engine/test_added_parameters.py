@@ -17,7 +17,7 @@ def everything(engine):
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in global_names(engine.model)}
     held = {}
-    for model, main, state in optimizer._shards():
+    for model, main, state, _ in optimizer.shards():
         moments = [state[key].clone() for key in ("exp_avg", "exp_avg_sq")] if state else []
         step = int(state["step"]) if state else None
         held[names[model]] = (model.detach().clone(), main.detach().clone(), *moments, step)

@@ -58,7 +58,7 @@ def check_frozen(name, folder):
     def state():
         return {
             model: [model.detach().clone(), *(x.clone() for x in [main, *held.values()])]
-            for model, main, held in optimizer._shards()
+            for model, main, held, _ in optimizer.shards()
         }
 
     before = state()

@@ -1,0 +1,127 @@
+"""Loader: the checkpoint that a run goes on from, the same on all ranks and only an intact one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from ...attention.settings import RopeSettings
+from ...errors import CheckpointError
+from .cursor import Cursor
+from .files import CheckpointFiles
+from .folders import step_of
+from .manifest import Manifest, damages, read_manifest
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint.
+
+    Attributes:
+        files: Its files.
+        manifest: What it is.
+    """
+
+    files: CheckpointFiles
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return self.files.folder
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the run stood."""
+        return self.manifest.cursor
+
+
+def newest(store: Store) -> Checkpoint | None:
+    """The newest committed checkpoint; rank 0 chooses for all ranks.
+
+    Raises:
+        CheckpointError: On all ranks: the store cannot be read, or that checkpoint's manifest.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            names = store.committed()
+            if names:
+                manifest = read_manifest(CheckpointFiles(store, names[-1]))
+                found = [(names[-1], manifest, None)]
+        except CheckpointError as error:
+            found = [(None, None, _with_offer(store, error.what, error.fix))]
+    dist.broadcast_object_list(found)
+    if found[0] is None:
+        return None
+    name, manifest, failure = found[0]
+    if failure is not None:
+        raise CheckpointError(*failure)
+    return Checkpoint(CheckpointFiles(store, name), manifest)
+
+
+def refuse_damaged(checkpoint: Checkpoint) -> None:
+    """Read every byte of a checkpoint, each rank other files, before any of it is believed.
+
+    Raises:
+        CheckpointError: On all ranks: it is not what was written. Names the newest that is.
+    """
+    files, share = checkpoint.files, (dist.get_rank(), dist.get_world_size())
+    told: list[Any] = [None] * share[1]
+    dist.all_gather_object(told, damages(files, checkpoint.manifest, share=share))
+    found = [sentence for sentences in told for sentence in sentences]
+    if not found:
+        return
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    offer: list[Any] = [None]
+    if share[0] == 0:
+        what = f"checkpoint {files} is damaged: {found[0]}{more}"
+        offer = [_with_offer(files.store, what, "")]
+    dist.broadcast_object_list(offer)
+    raise CheckpointError(*offer[0])
+
+
+def newest_intact(store: Store) -> str | None:
+    """The newest checkpoint of which every byte is what was written."""
+    for name in reversed(store.committed()):
+        files = CheckpointFiles(store, name)
+        try:
+            if not damages(files, read_manifest(files)):
+                return name
+        except CheckpointError:
+            continue
+    return None
+
+
+def refuse_other_rope(checkpoint: Checkpoint, rope: RopeSettings) -> None:
+    """Refuse to go on in the middle of a stage with positions that mean something else.
+
+    Raises:
+        CheckpointError: The checkpoint was written with another RoPE.
+    """
+    saved = checkpoint.manifest.info.get("rope")
+    if saved != rope.model_dump(mode="json"):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.files} was written with another RoPE than the stage's "
+            f"{rope.words}: {json.dumps(saved)}",
+            "resume with the recipe that it was written with; a new RoPE needs a new stage",
+        )
+
+
+def _with_offer(store: Store, what: str, fix: str) -> tuple[str, str]:
+    """An error, and the newest intact checkpoint as the way out."""
+    try:
+        intact = newest_intact(store)
+    except CheckpointError:
+        return what, fix
+    if intact is None:
+        return f"{what}; no other checkpoint of the run is intact", fix or "start the run again"
+    step = step_of(intact)
+    return what, (
+        f"the newest intact checkpoint is that of step {step}: `longspan resume RUN_DIR --from "
+        f"{step}` goes on from it and keeps the newer ones aside"
+    )
