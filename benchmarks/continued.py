@@ -24,9 +24,9 @@ from library import MECHANISMS
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.cache import default_cache
 from longspan.parallel.settings import ParallelSettings
-from longspan.trainer import checkpoints
 from longspan.trainer.data.corpus import prepare_corpus
 from longspan.trainer.data.samples import HeldOutSamples
+from longspan.trainer.engine.checkpoint import load_engine
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.evaluation import held_out_loss
 from longspan.trainer.run_directory import RunDirectory
@@ -131,7 +131,7 @@ def evaluated(run_dir: Path, mechanism: dict[str, Any]) -> float:
     engine = Engine(run, stage, run.model.vocab or corpus.vocab)
     newest = directory.newest_checkpoint()
     assert newest is not None
-    checkpoints.load(newest, engine, optimizer=False)
+    load_engine(engine, newest, optimizer=False)
     held_out = HeldOutSamples(corpus.held_out, stage.length)
     return held_out_loss(engine, [held_out[number] for number in range(run.evaluation.sequences)])
 

@@ -100,10 +100,10 @@ def settings(folder: Path, **changes) -> RunSettings:
     )
 
 
-def newest_promise(folder: Path) -> dict:
-    """What the newest checkpoint says of the run's exactness."""
-    newest = sorted((folder / "checkpoints").glob("step-*/manifest.json"))[-1]
-    return json.loads(newest.read_text())["exactness"]
+def newest_state(folder: Path):
+    """What the newest checkpoint says of itself."""
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return json.loads((newest / "manifest.json").read_text())
 
 
 def assert_close(found: dict, expected: dict, tolerance: float = 1e-5):
@@ -136,7 +136,7 @@ def test_ranks_come_and_go_and_no_sample_is_lost_or_repeated(worlds, straight, t
     assert [number for number, _ in sorted(samples)] == [*range(STEPS * SEQUENCES)]
     assert sorted(samples) == sorted(expected.samples)
     assert_close(losses, expected.losses)
-    assert newest_promise(tmp_path / "run")["level"] == "E1"
+    assert newest_state(tmp_path / "run")["exactness"]["level"] == "E1"
 
 
 def test_other_ranks_are_refused_until_they_are_allowed(worlds, tmp_path):
@@ -157,7 +157,7 @@ def test_the_same_conditions_go_on_bit_for_bit(worlds, straight, tmp_path):
     rest = worlds(1).run(attempt, run, tmp_path / "run")[0]
     assert rest.resumed.endswith("stage tiny: exactness E2 (bit-exact)")
     assert first.losses | rest.losses == straight[0].losses
-    assert newest_promise(tmp_path / "run")["level"] == "E2"
+    assert newest_state(tmp_path / "run")["exactness"]["level"] == "E2"
 
 
 def test_other_documents_are_refused_and_the_same_ones_elsewhere_are_not(worlds, tmp_path):
@@ -175,7 +175,7 @@ def test_other_documents_are_refused_and_the_same_ones_elsewhere_are_not(worlds,
     write(tmp_path, 61)
     (gone,) = worlds(1).run(attempt, run, tmp_path / "run", None, "E0")
     assert "exactness E0" in gone.resumed and not gone.error and STEPS in gone.losses
-    promise = newest_promise(tmp_path / "run")
+    promise = newest_state(tmp_path / "run")["exactness"]
     assert (promise["declared"], promise["level"]) == ("E2", "E0")
     assert json.loads((tmp_path / "run" / "complete.json").read_text())["exactness"] == promise
 
@@ -187,7 +187,7 @@ def test_where_no_checkpoint_is_nothing_falls(worlds, tmp_path):
     write(tmp_path, 61)
     (again,) = worlds(1).run(attempt, run, tmp_path / "run", 1)
     assert not again.error and min(again.losses) == 1
-    assert newest_promise(tmp_path / "run")["level"] == "E2"
+    assert newest_state(tmp_path / "run")["exactness"]["level"] == "E2"
 
 
 def two_stages(folder: Path) -> RunSettings:

@@ -49,7 +49,8 @@ class Heard(Sink):
 
 def train(run, step=0, peak=None, wrong=False):
     """The news of this rank, and how its stage ended."""
-    from longspan.trainer.checkpoints import Cursor
+    from longspan.trainer.bad_steps import BadSteps
+    from longspan.trainer.checkpoint.cursor import Cursor
     from longspan.trainer.engine import engine as module
     from longspan.trainer.plan import plan_stage
     from longspan.trainer.stage_loop import StageLoop
@@ -59,7 +60,9 @@ def train(run, step=0, peak=None, wrong=False):
     plan = replace(plan_stage(stage, run.ranks), steps=3)
     engine = module.Engine(run, stage, VOCAB)
     given = {"steps": 3, "engine": engine, "samples": Samples(), "observer": heard}
-    then = {"stop": StopRequest(), "save": lambda at: None, "evaluate": lambda at: None}
+    given["bad"] = BadSteps(run.recovery)
+    then = {"stop": StopRequest(), "evaluate": lambda at: None}
+    then |= {"save": lambda at, wait: None, "poll": lambda: None}
     first = Cursor(step, 0, step, step * 4, 0)
 
     def scaled(batch, output):
