@@ -11,6 +11,7 @@ import typer
 
 from . import __version__
 from .errors import LongspanError
+from .redact import redact_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,6 +92,21 @@ def resume(
 
     allowed = None if exactness is None else read_level(exactness, "--exactness")
     raise typer.Exit(resume_run(run_dir, exactness=allowed))
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Show where a run is, and where its time went."""
+    import json
+
+    from .trainer.run_directory import RunDirectory
+    from .trainer.status import read_status, render_status
+
+    found = read_status(RunDirectory(run_dir))
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render_status(found))
 
 
 @app.command()
@@ -204,7 +220,7 @@ def main() -> None:
     try:
         app(prog_name="longspan")
     except LongspanError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact_text(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

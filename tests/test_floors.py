@@ -102,6 +102,7 @@ def test_settings_and_checks_are_free_of_torch():
         "attention.rope_config",
         "cli",
         "trainer.plan",
+        "trainer.status",
         "trainer.devices",
         "trainer.flops",
         "trainer.parameters",

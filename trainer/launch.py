@@ -12,6 +12,7 @@ from .devices import gpu_count
 from .exactness import Level, allow
 from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
 from .gang import Gang, say
+from .observe.attempts import ended, launched
 from .observe.summary import render_complete
 from .observe.tracking import check_tracking
 from .plan import model_ranks, run_ranks
@@ -110,9 +111,12 @@ def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) ->
             print(f"{directory}: no checkpoint yet, starting from the beginning", flush=True)
         for retry in (False, True):
             clear_failures(directory.path)
-            gang = Gang(directory, local_ranks(run), command)
+            ranks = local_ranks(run)
+            attempt = launched(directory.events, ranks=ranks)
+            gang = Gang(directory, ranks, command, attempt, run.recovery.grace)
             code = gang.run()
             failure = gang.failure()
+            ended(directory.events, attempt, code, failure)
             if code != CRASHED or retry or not _is_port_clash(failure):
                 break
         _report(directory, code, failure)

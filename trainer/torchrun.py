@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import RunError
 from .failure import COMPLETE
+from .observe.attempts import attempt_in_environment, ended, launched
 from .observe.summary import render_complete
 from .observe.tracking import check_tracking
 from .plan import model_ranks
@@ -46,7 +47,11 @@ def join_torchrun(run: RunSettings, name: str, run_dir: Path) -> int:
     if rank != 0:
         return _work(directory)
     with directory.lock():
-        return _work(directory)
+        attempt = launched(directory.events, ranks=world)
+        with attempt_in_environment(attempt):
+            code = _work(directory)
+        ended(directory.events, attempt, code)
+        return code
 
 
 def _work(directory: RunDirectory) -> int:

@@ -1,7 +1,9 @@
 """Ranks are started, stopped and mourned together; the worker here is a script that obeys."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +15,11 @@ from longspan.errors import RunError
 from longspan.trainer import launch, torchrun
 from longspan.trainer.devices import usable_cores
 from longspan.trainer.failure import LAUNCHER_PID, read_failures, record_failure
+from longspan.trainer.observe.attempts import ATTEMPT
+from longspan.trainer.observe.events import read_events
 from longspan.trainer.run_directory import RunDirectory, create_or_open
 from longspan.trainer.settings import RunSettings
+from longspan.trainer.status import read_status, render_status
 
 WORKER = """
 import os, signal, sys, time
@@ -40,7 +45,8 @@ signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 logs = run_dir / "logs"
 (logs / f"pid-{rank}.new").write_text(str(os.getpid()))
 (logs / f"pid-{rank}.new").rename(logs / f"pid-{rank}")
-print(f"rank {rank} of {os.environ['WORLD_SIZE']} threads {os.environ['OMP_NUM_THREADS']} "
+print(f"attempt {os.environ['LONGSPAN_ATTEMPT']} "
+      f"rank {rank} of {os.environ['WORLD_SIZE']} threads {os.environ['OMP_NUM_THREADS']} "
       f"in {os.getcwd()}", flush=True)
 try:
     if mode == "clean":
@@ -264,6 +270,73 @@ def test_a_stop_whose_saving_fails_is_an_error(start):
     assert "the disk is full: step-40/weights could not be written" in out
 
 
+def events_of(directory):
+    return [(e["event"], e["attempt"], e.get("how")) for e in read_events(directory.events)]
+
+
+def test_the_launcher_writes_when_it_launched_and_how_that_ended(tmp_path, worker, capfd):
+    directory = RunDirectory(tmp_path / "run")
+    for mode in ("clean", "user", "kill"):
+        launch.train(settings(), "tiny", directory.path, worker(mode))
+        for pid in directory.logs.glob("pid-*"):
+            pid.unlink()
+    hows = ["complete", "failed", "failed"]
+    assert events_of(directory) == [
+        line
+        for attempt, how in enumerate(hows, 1)
+        for line in (("launched", attempt, None), ("ended", attempt, how))
+    ]
+    events = [event for event in read_events(directory.events) if event["event"] == "ended"]
+    assert [event["code"] for event in events] == [0, 2, 1]
+    assert events[1]["reason"] == "corpus.txt is empty"
+    assert "SIGKILL" in events[2]["reason"] and "reason" not in events[0]
+    out = capfd.readouterr().out
+    assert [f"attempt {n}" in out for n in (0, 1, 2, 3, 4)] == [False, True, True, True, False]
+
+
+def test_a_stolen_port_is_an_attempt_of_its_own(tmp_path, worker):
+    launch.train(settings(), "tiny", tmp_path / "run", worker("port"))
+    assert [how for _, _, how in events_of(RunDirectory(tmp_path / "run"))][1::2] == [
+        "failed",
+        "complete",
+    ]
+
+
+def test_status_knows_who_works_on_a_run_and_how_it_was_left(start):
+    process, directory = start("wait")
+    found = read_status(directory)
+    assert found.state == "running" and found.owner.pid == process.pid
+    assert f"running, process {process.pid} on {socket.gethostname()}" in render_status(found)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    found = read_status(directory)
+    assert (found.state, found.owner, found.checkpoint) == ("stopped", None, "step-40")
+    assert f"longspan resume {directory}" in render_status(found)
+
+
+def test_status_of_a_killed_launcher_is_that_nothing_runs(start):
+    process, directory = start("hang")
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(directory))
+    found = read_status(directory)
+    assert (found.state, found.owner) == ("lost", None)
+    assert "it ended without a word" in render_status(found)
+
+
+def test_asking_for_the_owner_never_takes_the_lock(tmp_path, monkeypatch):
+    directory = create_or_open(tmp_path / "run", settings(), "tiny")
+    with directory.lock():
+        assert directory.owner().host == socket.gethostname()
+    assert directory.owner() is None  # this process lives, and holds no lock
+    owner = {"pid": 2**22 + 1, "host": socket.gethostname(), "since": 1.0}
+    (directory.path / "run.lock").write_text(json.dumps(owner))
+    monkeypatch.setattr("fcntl.flock", lambda *_: 1 / 0)
+    assert directory.owner() is None
+    (directory.path / "run.lock").write_text('{"pid": ')
+    assert directory.owner() is None
+
+
 def test_a_killed_launcher_leaves_no_worker(start):
     process, directory = start("hang")
     assert len(alive(directory)) == 2
@@ -351,6 +424,8 @@ def test_under_torchrun_each_process_is_a_rank(tmp_path, elastic):
     be(1, 2)
     assert launch.train(settings(), "tiny", tmp_path / "run") == 75
     assert worked == [tmp_path / "run"] * 2
+    lines = [("launched", 1, None), ("ended", 1, "stopped")]
+    assert events_of(RunDirectory(tmp_path / "run")) == lines and ATTEMPT not in os.environ
     with pytest.raises(RunError, match="seed"):
         launch.train(settings(seed=5), "tiny", tmp_path / "run")
 

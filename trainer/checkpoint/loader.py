@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +47,25 @@ def newest(store: Store) -> Checkpoint | None:
     Raises:
         CheckpointError: On all ranks: the store cannot be read, or that checkpoint's manifest.
     """
+    return chosen(store, lambda names: names[-1] if names else None)
+
+
+def chosen(store: Store, choose: Callable[[list[str]], str | None]) -> Checkpoint | None:
+    """The checkpoint that rank 0 chooses for all ranks.
+
+    Args:
+        store: The place of the checkpoints.
+        choose: Of the names of the committed ones, the oldest first.
+
+    Raises:
+        CheckpointError: As of `newest`.
+    """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            names = store.committed()
-            if names:
-                manifest = read_manifest(CheckpointFiles(store, names[-1]))
-                found = [(names[-1], manifest, None)]
+            name = choose(store.committed())
+            if name is not None:
+                found = [(name, read_manifest(CheckpointFiles(store, name)), None)]
         except CheckpointError as error:
             found = [(None, None, _with_offer(store, error.what, error.fix))]
     dist.broadcast_object_list(found)
