@@ -25,7 +25,7 @@ _PAIRS = ("os.rename", "os.link", "os.symlink")
 _DESCRIPTORS = ("os.truncate", "fcntl.flock", "fcntl.lockf", "fcntl.fcntl")
 _VARYING = (
     (re.compile(r"step-\d+"), "step-N"),
-    (re.compile(r"tmp-\d+"), "tmp-K"),
+    (re.compile(r"(tmp|try|aside)-\d+"), r"\1-K"),
     (re.compile(r"\b[0-9a-f]{12,}\b"), "HASH"),
 )
 _real_write, _real_open = os.write, io.open

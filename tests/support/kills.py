@@ -7,15 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-import torch.distributed.checkpoint as dcp
+from longspan.errors import CheckpointError
+from longspan.trainer.checkpoint.files import CheckpointFiles
+from longspan.trainer.checkpoint.manifest import damages, read_manifest
+from longspan.trainer.checkpoint.stored import Kind, StoredState
 from longspan.trainer.observe.events import read_events
 from longspan.trainer.run_directory import RunDirectory
 from support.faults import ALL, HALF, LAUNCHER, ONE, OTHER, Fault, Pids, Point, read_trace
@@ -67,25 +69,22 @@ def tiny_settings(texts: Path, steps: int, every: int) -> dict[str, Any]:
     }
 
 
-def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
-    """All of a checkpoint's tensors: weights and moments, whole, whatever the layout was.
+def content(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights, moments and counts of updates, whole, whatever the layout was.
 
     Raises:
-        AssertionError: It is torn.
+        AssertionError: The checkpoint is not what was written.
     """
-    reader = dcp.FileSystemReader(folder)
+    files = CheckpointFiles.of(checkpoint)
     try:
-        stored = reader.read_metadata().state_dict_metadata
-        state = {
-            name: torch.empty(about.size, dtype=about.properties.dtype)
-            for name, about in stored.items()
-            if isinstance(about, dcp.metadata.TensorStorageMetadata)
-        }
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(state, storage_reader=reader, no_dist=True)
-    except Exception as error:
-        raise AssertionError(f"{folder.name} is not intact: {error}") from error
-    return state
+        found = damages(files, read_manifest(files))
+        assert not found, f"{checkpoint.name} is not intact: {found}"
+        state = StoredState(files)
+        counts = {name: torch.tensor(count) for name, count in state.index.steps.items()}
+        whole = {f"{kind} {n}": state.full(n, kind) for n in counts for kind in get_args(Kind)}
+    except CheckpointError as error:
+        raise AssertionError(f"{checkpoint.name} is not intact: {error}") from error
+    return whole | counts
 
 
 def newest_step(run_dir: Path) -> int:
@@ -112,12 +111,12 @@ class Reference:
         self._folders = {int(folder.name[5:]): folder for folder in folders}
         self.steps = {told["step"]: told for told in steps_of(run_dir)}
 
-    def assert_same_tensors(self, run_dir: Path) -> None:
+    def assert_same_content(self, run_dir: Path) -> None:
         """The newest checkpoint is intact: bit by bit that of the unkilled run at its step."""
         newest = RunDirectory(run_dir).newest_checkpoint()
         if newest is None:
             return
-        found, wanted = map(checkpoint_tensors, (newest, self._folders[int(newest.name[5:])]))
+        found, wanted = map(content, (newest, self._folders[int(newest.name[5:])]))
         assert found.keys() == wanted.keys()
         different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
         assert not different, f"{newest.name} has other values in {different}"
@@ -251,7 +250,7 @@ class Kills:
 
     def assert_left_intact(self, run_dir: Path) -> None:
         """What was saved before a kill is there after it."""
-        self.reference.assert_same_tensors(run_dir)
+        self.reference.assert_same_content(run_dir)
         events = read_events(run_dir / "events.jsonl")
         saved = max((event["step"] for event in events if event["event"] == "saved"), default=0)
         left = newest_step(run_dir)
@@ -262,7 +261,7 @@ class Kills:
         resumed = self.launch(run_dir)
         assert self.forks.run(resumed) == 0, output(resumed)
         assert newest_step(run_dir) == self.steps
-        self.reference.assert_same_tensors(run_dir)
+        self.reference.assert_same_content(run_dir)
         lost = self.reference.assert_history(run_dir, self.every)
         strange = set(_files(run_dir)) ^ set(_files(self.straight[0]))
         assert not strange, f"left over or missing: {sorted(strange)}"

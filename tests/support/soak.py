@@ -49,10 +49,11 @@ def soak(runs: Kills, count: int, seed: int) -> Soaked:
     for number in range(count):
         intervals = (runs.steps - newest_step(run_dir)) / runs.every / (count - number)
         seconds = draw.uniform(0, starts_s + 2 * intervals * interval_s)
+        before = _unfinished(run_dir)
         last = min(newest_step(run_dir) + round(2 * intervals * runs.every), runs.steps) - 1
         kills[_kill_after(runs, runs.launch(run_dir), seconds, last, draw)] += 1
         runs.assert_left_intact(run_dir)
-        in_a_save += any(run_dir.glob("checkpoints/*tmp*"))
+        in_a_save += not _unfinished(run_dir) <= before
     lost = runs.assert_ends_like_the_unkilled(run_dir)
     told = steps_of(run_dir)
     attempts = len({step["attempt"] for step in told})
@@ -94,6 +95,11 @@ def _kill_after(runs: Kills, launch: Launch, seconds: float, last: int, draw: ra
     assert code == (-signal.SIGKILL if victim == LAUNCHER else 1), output(launch)
     assert_ended(pids)
     return victim
+
+
+def _unfinished(run_dir: Path) -> set[int]:
+    """Checkpoints that somebody was writing or removing; by inode, as names are used again."""
+    return {folder.stat().st_ino for folder in run_dir.glob("checkpoints/*tmp*")}
 
 
 def _told(run_dir: Path) -> int:
