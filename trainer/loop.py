@@ -79,6 +79,12 @@ class Run:
 
     def train(self) -> bool:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
+        try:
+            return self._train()
+        finally:
+            self.saves.close()
+
+    def _train(self) -> bool:
         begun = time.monotonic()
         self.observer.run_started(self._info())
         checkpoint = self.saves.found()

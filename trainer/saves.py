@@ -88,6 +88,10 @@ class Saves:
         self._tell(outcome)
         return outcome
 
+    def close(self) -> None:
+        """Give the save in flight, if there is one, the time to end; the run is over."""
+        self._saver.close()
+
     def _tell(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return

@@ -9,7 +9,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from longspan.trainer.checkpoints import read_cursor
+from longspan.trainer.checkpoint.files import CheckpointFiles
+from longspan.trainer.checkpoint.manifest import read_manifest
 from longspan.trainer.observe.events import read_events
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import merge
@@ -245,7 +246,7 @@ def test_a_rewind_leaves_out_the_data_and_keeps_the_number_of_steps(rewound, cor
     assert events(corpus, "rewound", "rewind") == REWOUND
     starts = [0, 4, 8, 32, 36, 40, 44, 48]
     assert first_sequences(result) == dict(enumerate(starts))
-    names = sorted(path.name for path in (corpus / "rewind" / "checkpoints").iterdir())
+    names = sorted(path.name for path in (corpus / "rewind" / "checkpoints").glob("step-*"))
     assert names == ["step-00000006", "step-00000008"]
 
 
@@ -274,7 +275,8 @@ def test_a_rewind_goes_back_further_but_not_into_the_stage_before(run_in, corpus
     found = [(e["from"], e["to"], e["sequences"]) for e in events(corpus, "rewound", "back")]
     # At step 4 of each stage: one checkpoint in it, and before the second one another.
     assert found == [(4, 2, 8), (8, 4, 16)]
-    cursors = [read_cursor(path) for path in sorted((corpus / "back" / "checkpoints").iterdir())]
+    paths = sorted((corpus / "back" / "checkpoints").glob("step-*"))
+    cursors = [read_manifest(CheckpointFiles.of(path)).cursor for path in paths]
     # The one at 6 is a new one: the old one was removed.
     assert [(c.step, c.next_sample) for c in cursors] == [(2, 8), (4, 24), (6, 24), (8, 32)]
 
