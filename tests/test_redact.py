@@ -67,6 +67,7 @@ def test_numbers_are_hidden_only_where_they_can_be_a_credential():
         (f"password: {SECRET}", "password: ***"),
         (f"error: tokens: PASSWORD={SECRET}", "error: tokens: PASSWORD=***"),
         (f"api_key = {SECRET}==", "api_key = ***"),
+        (f"token=secret={SECRET}", "token=***"),
     ],
 )  # fmt: skip
 def test_text_loses_its_credentials_and_nothing_else(text, clean):

@@ -65,6 +65,8 @@ def test_a_straight_run_is_productive_but_for_what_it_says():
 def test_steps_after_the_checkpoint_that_was_restored_are_lost():
     story = started().steps(1, 7).then(0.5, "ended", code=1, how="failed", reason="rank 1 died")
     story.launch(after=60.0).then(3.0, "restored", step=4, seconds=1.5).then(1.0, "stage_started")
+    so_far = {"productive": 4.0, "recomputed": 3.5}
+    assert so_far.items() <= story.buckets().items()  # lost at once, not only when trained again
     story.steps(5, 9).then(0.0, "finished")
     assert story.buckets() == {
         "start_up": 5.0 + 2.5,
