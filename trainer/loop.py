@@ -185,10 +185,12 @@ class Run:
         if checkpoint is None:
             level, _ = declared(self.machine["device"])
             return Promise(level, level)
+        inside = cursor.stage_step > 0
+        # A rewind may have moved the run's cursor behind data that the checkpoint never saw.
         resume = go_on(
             checkpoint.manifest.info,
-            _at(stage, cursor),
-            inside=cursor.stage_step > 0,
+            _at(stage, checkpoint.cursor if inside else cursor),
+            inside=inside,
             setting=self.run.checkpoint.exactness,
             checkpoint=checkpoint.name,
             run=str(self.directory),
