@@ -11,6 +11,7 @@ import typer
 
 from . import __version__, cli_checkpoint
 from .errors import LongspanError
+from .redact import redact_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,13 +86,34 @@ def resume(
             help="Let this resume fall to E1 (other layout or machine) or E0 (other data too).",
         ),
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            "--from", metavar="STEP", help="Go on from this checkpoint; newer ones are set aside."
+        ),
+    ] = None,
 ) -> None:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint, or an older one."""
     from .trainer.exactness import read_level
     from .trainer.launch import resume as resume_run
 
     allowed = None if exactness is None else read_level(exactness, "--exactness")
-    raise typer.Exit(resume_run(run_dir, exactness=allowed))
+    raise typer.Exit(resume_run(run_dir, exactness=allowed, from_step=from_step))
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Show where a run is, and where its time went."""
+    import json
+
+    from .trainer.run_directory import RunDirectory
+    from .trainer.status import read_status, render_status
+
+    found = read_status(RunDirectory(run_dir))
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render_status(found))
 
 
 @app.command()
@@ -205,7 +227,7 @@ def main() -> None:
     try:
         app(prog_name="longspan")
     except LongspanError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact_text(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

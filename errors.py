@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .redact import HIDDEN, is_secret_name, redact_text
 
 
 class LongspanError(Exception):
@@ -52,10 +54,16 @@ class Problem:
         return line + (f"\n    fix: {self.fix}" if self.fix else "")
 
 
+def _without_credentials(problem: Problem) -> Problem:
+    secret = is_secret_name(problem.path.rpartition(".")[2])
+    value = HIDDEN if secret else redact_text(problem.value)
+    return replace(problem, value=value, fix=redact_text(problem.fix))
+
+
 class RecipeError(LongspanError):
     """Every problem of a recipe at once."""
 
     def __init__(self, recipe: str, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(_without_credentials, problems))
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         super().__init__("\n  ".join([f"recipe {recipe} has {count}:", *map(str, self.problems)]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, Problem, RecipeError
+from ..redact import credentials
 from ..trainer.data.settings import LocalTokenizer
 from ..trainer.devices import Machine, this_machine
 from ..trainer.exactness import declared
@@ -16,6 +17,7 @@ from ..trainer.settings import ModelSettings
 from .check_attention import warn_of_attention
 from .check_checkpoint import check_checkpoint
 from .check_hand_over import check_hand_over, warn_of_hand_over
+from .check_recovery import check_recovery
 from .check_rope import check_induction_rope
 from .check_stage import check_stage
 from .recipe import Recipe
@@ -52,18 +54,29 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
     """
     machine = machine or this_machine()
     ranks = machine.world or run_ranks(recipe, machine.gpus)
-    problems = [*_check_model(recipe), *_check_ranks(recipe, ranks, machine)]
+    problems = [
+        *_check_credentials(recipe),
+        *_check_model(recipe),
+        *_check_ranks(recipe, ranks, machine),
+    ]
     for index, stage in enumerate(recipe.stages):
         problems += check_stage(recipe, stage, index, ranks)
     problems += [*check_hand_over(recipe.stages, recipe.model.layers)]
     problems += [*_check_run(recipe), *_check_exactness(recipe, machine), *_check_data(recipe)]
-    problems += [*check_checkpoint(recipe.checkpoint)]
+    problems += [*check_checkpoint(recipe.checkpoint), *check_recovery(recipe)]
     vocab, tokenizer_problems = _vocabulary(recipe)
     problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
     if problems:
         written = [Problem(recipe.where(p.path), p.value, p.expected, p.fix) for p in problems]
         raise RecipeError(recipe.name, list(dict.fromkeys(written)))
     return CheckedRecipe(recipe, ranks, machine, vocab, tuple(_warnings(recipe, ranks, machine)))
+
+
+def _check_credentials(recipe: Recipe) -> Iterator[Problem]:
+    """A recipe is copied into the run, its logs, model cards and Weights & Biases as it is."""
+    for path, shown in credentials(recipe.model_dump(mode="json", by_alias=True)):
+        fix = "put it in the environment, or in the configuration file of the store it belongs to"
+        yield Problem(path, shown, "no credential: a recipe is kept with every run of it", fix)
 
 
 def _check_model(recipe: Recipe) -> Iterator[Problem]:

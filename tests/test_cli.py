@@ -42,7 +42,7 @@ def test_version_and_help(longspan):
     assert longspan("--version") == (0, f"longspan {__version__}\n", "")
     code, out, _ = longspan("--help")
     assert code == 0 and "longspan train quickstart" in out
-    for verb in ("train", "resume", "check", "recipes", "mechanisms", "schema", "doctor"):
+    for verb in ("train", "resume", "status", "check", "recipes", "mechanisms", "schema", "doctor"):
         assert f"  {verb} " in out
 
 

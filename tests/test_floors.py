@@ -113,6 +113,7 @@ def test_settings_and_checks_are_free_of_torch():
         "trainer.checkpoint.object_store",
         "trainer.checkpoint.verbs",
         "trainer.plan",
+        "trainer.status",
         "trainer.devices",
         "trainer.flops",
         "trainer.parameters",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import LongspanError, RunError
+from ..redact import redact_text
 
 COMPLETE = 0
 CRASHED = 1
@@ -68,8 +69,8 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> int:
     failure = Failure(
         rank=rank,
         kind="internal" if known is None else "user",
-        message=str(known) if known else f"{type(error).__name__}: {error}",
-        traceback="".join(traceback.format_exception(error)),
+        message=redact_text(str(known) if known else f"{type(error).__name__}: {error}"),
+        traceback=redact_text("".join(traceback.format_exception(error))),
         time=time.time(),
     )
     path = failure_path(run_dir, rank)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ..redact import redact_text
 from .devices import usable_cores
 from .failure import (
     COMPLETE,
@@ -28,7 +29,9 @@ from .failure import (
     Failure,
     read_failures,
 )
+from .observe.attempts import ATTEMPT
 from .run_directory import RunDirectory
+from .stopping import SAVE_SIGNAL
 
 _POLL_S = 0.05
 _GRACE_S = 10.0
@@ -57,13 +60,18 @@ class Gang:
         directory: The run's folder.
         ranks: Processes to start.
         command: The command of one rank, without its argument.
+        attempt: The number of this launch of the run.
+        grace: Seconds that the ranks have to save once they are asked to stop.
     """
 
     directory: RunDirectory
     ranks: int
     command: Sequence[str]
+    attempt: int = 1
+    grace: float = math.inf
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _signals: int = 0
+    _save_asked: bool = False
     _crashed: dict[int, int] = field(default_factory=dict)
     """Exit codes of the ranks that had failed before any was told to end."""
 
@@ -94,6 +102,7 @@ class Gang:
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         log = self._log_path(rank)
         tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
+        tail = redact_text(tail)
         kind = "user" if code == USER_ERROR else "internal"
         return Failure(rank, kind, f"rank {rank} {how} and left no message", tail, time.time())
 
@@ -111,16 +120,21 @@ class Gang:
                 log.close()
 
     def _spawn(self, environment: dict[str, str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C reaches the launcher only, which passes it on in order.
-        return subprocess.Popen(
-            [*self.command, str(self.directory.path)],
-            env=environment,
-            cwd=self.directory.working_directory(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        # Until a rank listens, what asks it to save has to wait instead of ending it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE_SIGNAL})
+        try:
+            # A session of its own: Ctrl-C reaches the launcher only, which passes it on in order.
+            return subprocess.Popen(
+                [*self.command, str(self.directory.path)],
+                env=environment,
+                cwd=self.directory.working_directory(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
         environment = dict(os.environ)
@@ -134,20 +148,26 @@ class Gang:
             MASTER_PORT=str(port),
         )
         environment[LAUNCHER_PID] = str(os.getpid())
+        environment[ATTEMPT] = str(self.attempt)
         return environment
 
     def _watch(self) -> int:
-        told, deadline = False, math.inf
+        told, deadline, saved_by = False, math.inf, math.inf
         while self._any_alive():
-            if self._signals > 1:
+            late = time.monotonic() > saved_by and deadline == math.inf
+            if late:
+                say(f"not saved within {self.grace:g} s (recovery.grace): stopped at once")
+            if late or self._signals > 1:
                 self._kill()
                 return INTERRUPTED
+            if self._save_asked:
+                self._pass_save_on()
             if deadline == math.inf and self._ended_badly():
                 self._crashed = self._failed()
                 deadline = time.monotonic() + _GRACE_S
                 self._terminate()
             elif self._signals and not told and deadline == math.inf:
-                told = True
+                told, saved_by = True, time.monotonic() + self.grace
                 say("\nsaving, press Ctrl-C again to stop at once")
                 self._terminate()
             if time.monotonic() > deadline:
@@ -192,6 +212,14 @@ class Gang:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
+    def _pass_save_on(self) -> None:
+        """Ask one rank to save: all of them learn of it in the same step."""
+        self._save_asked = False
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(SAVE_SIGNAL)
+                return
+
     def _kill(self) -> None:
         """End every rank and its helpers at once; those that have ended are left alone."""
         for process in self._processes:
@@ -208,6 +236,7 @@ class Gang:
             return
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._count_signal) for number in numbers}
+        before[SAVE_SIGNAL] = signal.signal(SAVE_SIGNAL, self._ask_to_save)
         try:
             yield
         finally:
@@ -216,6 +245,9 @@ class Gang:
 
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
+
+    def _ask_to_save(self, number: int, frame: FrameType | None) -> None:
+        self._save_asked = True
 
 
 def _signal_name(number: int) -> str:

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from ..attention.catalogue import words
 from ..cache import default_cache
 from ..errors import CheckpointError
+from .bad_steps import BadStep, BadSteps
 from .checkpoint.cursor import Cursor
 from .checkpoint.folders import FolderName
-from .checkpoint.loader import Checkpoint, newest, refuse_damaged, refuse_other_rope
-from .checkpoint.saver import Outcome, Saver, State
-from .checkpoint.store import open_store
+from .checkpoint.loader import Checkpoint, refuse_other_rope
 from .checkpoint.stored import StoredState
 from .conditions import machine_conditions, order, stage_conditions
 from .context_proof import context_proof
@@ -27,13 +26,16 @@ from .convert.weights import FolderWeights
 from .data.corpus import Corpus, prepare_corpus
 from .data.packing import Packing
 from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
-from .engine.checkpoint import load_state, model_dtype, state_pieces, state_steps
+from .engine.checkpoint import load_state
 from .engine.engine import Engine
 from .evaluation import held_out_loss
 from .exactness import Conditions, Promise, declared, described, go_on
+from .going_back import GoingBack
+from .observe.goodput import goodput_so_far
 from .observe.observer import Observer
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
+from .saves import Saves
 from .settings import RunSettings, StageSettings
 from .stage_loop import StageEnd, StageLoop
 from .stopping import StopRequest
@@ -68,17 +70,18 @@ class Run:
         self.plans = [plan_stage(stage, dist.get_world_size()) for stage in run.stages]
         self.steps = sum(plan.steps for plan in self.plans)
         self.first = dist.get_rank() == 0
-        self.store = open_store(run.checkpoint.where, directory.path)
-        self.saver = Saver(self.store, run.checkpoint)
+        self.saves = Saves(directory, run, observer)
         self.machine = machine_conditions(run)
         self.promise: Promise | None = None
         """None until the first stage of this attempt is open."""
+        self.bad = BadSteps(run.recovery)
+        self.going_back = GoingBack(directory, self.saves.store, run.recovery)
 
     def train(self) -> bool:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
         begun = time.monotonic()
         self.observer.run_started(self._info())
-        checkpoint = self._found()
+        checkpoint = self.saves.found()
         cursor = Cursor() if checkpoint is None else checkpoint.cursor
         done_before = cursor.tokens
         while True:
@@ -86,33 +89,44 @@ class Run:
             if not last and self._closed(cursor):
                 cursor = replace(cursor, stage=cursor.stage + 1, stage_step=0, next_sample=0)
                 continue
-            stage = self._open_stage(cursor, checkpoint)
+            cursor = self.going_back.where(cursor)
+            stage = None if self._asked_to_stop() else self._open_stage(cursor, checkpoint)
+            if stage is None or self._asked_to_stop():  # before a step: there is nothing to save
+                self.observer.stopped(cursor.step, "asked to stop")
+                return False
             end = self._train_stage(stage, cursor)
             cursor = end.cursor
             if end.stopped:
                 self.observer.stopped(cursor.step, "asked to stop")
                 return False
+            if end.bad is not None:
+                checkpoint = self._go_back(stage.index, end.bad)
+                cursor = Cursor() if checkpoint is None else checkpoint.cursor
+                del stage
+                gc.collect()
+                continue
             self._close_stage(stage, cursor, end.loss)
             if last:
                 seconds = time.monotonic() - begun
                 self._finish(stage, cursor, seconds, (cursor.tokens - done_before) / seconds)
                 return True
-            checkpoint = newest(self.store)
+            checkpoint = self.saves.newest()
             del stage
             gc.collect()
 
-    def _found(self) -> Checkpoint | None:
-        """The newest checkpoint, every byte of which is what was written.
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop."""
+        asked = [False] * dist.get_world_size()
+        dist.all_gather_object(asked, self.stop.requested)
+        return any(asked)
 
-        What an attempt left half-written that was killed is removed.
-        """
-        checkpoint = newest(self.store)
-        if checkpoint is not None:
-            refuse_damaged(checkpoint)
-            self.saver.committed = checkpoint.cursor.step
-        if self.first:
-            for folder in self.store.unfinished():
-                self.store.remove(folder)
+    def _go_back(self, stage: int, bad: BadStep) -> Checkpoint | None:
+        """Leave a bad step's data out; the checkpoint to go on from, None: the start of the run."""
+        self.saves.settle()
+        begin = sum(plan.steps for plan in self.plans[:stage])
+        checkpoint, rewind = self.going_back.go_back(bad, stage, begin)
+        self.saves.going_on_from(checkpoint)
+        self.observer.rewound(bad.step, rewind.to, rewind.sequences, bad.reason)
         return checkpoint
 
     def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> _Stage:
@@ -129,17 +143,21 @@ class Run:
             keep_companions(self.directory.companions, folder, tokenizer)
         vocab = self.run.model.vocab or corpus.vocab
         engine = Engine(self.run, settings, vocab, weights=weights)
-        packing = self._packing(settings, corpus, cursor.stage)
+        self.bad = BadSteps(self.run.recovery)
+        packing = self._packing(settings, corpus, cursor)
         now = stage_conditions(self.run, cursor.stage, self.machine, corpus, engine.choice)
         stage = _Stage(cursor.stage, settings, corpus, packing, engine, now)
         if self.promise is None:
             self.promise = self._promise(stage, cursor, checkpoint)
         if checkpoint is not None:
             inside = cursor.stage_step > 0
+            self._restore_recovery(checkpoint, engine, inside)
             if inside:
                 refuse_other_rope(checkpoint, settings.rope)
-            optimizer = inside or settings.carry_optimizer
+            begun, optimizer = time.monotonic(), inside or settings.carry_optimizer
             new = load_state(engine, StoredState(checkpoint.files), optimizer=optimizer)
+            where = Path(str(checkpoint.files))
+            self.observer.restored(cursor.step, where, time.monotonic() - begun)
             if new and inside:
                 raise CheckpointError(
                     f"checkpoint {checkpoint.files} lacks {new[0]}, which its own stage has",
@@ -173,16 +191,31 @@ class Run:
         self.observer.message(words)
         return resume.promise
 
-    def _packing(self, settings: StageSettings, corpus: Corpus, index: int) -> Packing:
-        """The order of a stage's data."""
-        plan = self.plans[index]
+    def _packing(self, settings: StageSettings, corpus: Corpus, cursor: Cursor) -> Packing:
+        """The order of a stage's data; more of them than the steps need where some are left out."""
+        plan = self.plans[cursor.stage]
+        left = (plan.steps - cursor.stage_step) * plan.sequences_per_step
         return Packing(
             corpus.train.lengths,
             settings.length,
             seed=self.run.seed,
             stage=settings.name,
-            sequences=plan.steps * plan.sequences_per_step,
+            sequences=cursor.next_sample + left,
         )
+
+    def _restore_recovery(self, checkpoint: Checkpoint, engine: Engine, inside: bool) -> None:
+        """What was skipped, and within a stage the steps that the next ones are compared with."""
+        state, spikes = checkpoint.manifest.info, engine.spikes
+        self.bad = BadSteps(self.run.recovery, state.get("skipped", ()))
+        if spikes is None or not inside or not state.get("spikes"):
+            return
+        try:
+            spikes.load(state["spikes"])
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.files} has other spikes than its recipe: {error}",
+                "resume with the recipe that it was written with",
+            ) from error
 
     def _corpus(self, settings: StageSettings) -> Corpus:
         """The stage's documents. Rank 0 comes first, so that it is the one that shows progress."""
@@ -211,19 +244,20 @@ class Run:
             samples=TrainingSamples(stage.corpus.train, stage.packing),
             observer=self.observer,
             stop=self.stop,
+            bad=self.bad,
             save=lambda at, wait: self._save(stage, at, wait),
-            poll=self._poll,
+            poll=self.saves.poll,
             evaluate=lambda at: self._evaluate(stage, at),
         )
         end = loop.train(cursor)
-        if end.cursor.stage_step == plan.steps:
+        if end.cursor.stage_step == plan.steps and end.bad is None:
             self._save(stage, end.cursor, wait=True)
         return end
 
     def _save(self, stage: _Stage, cursor: Cursor, wait: bool) -> None:
-        """Begin to save, or save; tell how the save before it ended."""
+        """Begin to save, or save."""
         assert self.promise is not None
-        engine = stage.engine
+        engine, spikes = stage.engine, stage.engine.spikes
         info = {
             "stage_name": stage.settings.name,
             "ranks": dist.get_world_size(),
@@ -237,41 +271,19 @@ class Run:
             "recipe": settings_hash(self.run),
             "conditions": _at(stage, cursor).record(),
             "exactness": self.promise.record(),
+            "spikes": None if spikes is None else spikes.state(),
+            "skipped": self.bad.in_a_row,
         }
-
-        def state() -> State:
-            return State(state_pieces(engine), model_dtype(engine), state_steps(engine))
-
-        self._tell(self.saver.save(state, cursor, info, wait=wait))
-        if not wait:
-            return
-        done = self.saver.wait()
-        self._tell(done)
-        if done is not None and done.error is not None:
-            raise done.error
-
-    def _poll(self) -> None:
-        """Tell how the save in flight ended, if it has."""
-        self._tell(self.saver.poll())
-
-    def _tell(self, outcome: Outcome | None) -> None:
-        if outcome is None:
-            return
-        step = outcome.cursor.step
-        if outcome.error is not None:
-            self.observer.alarm("checkpoint", step, f"not saved: {outcome.error}")
-            return
-        where = Path(self.store.root) / str(outcome.name)
-        self.observer.saved(step, where, outcome.seconds)
-        if outcome.warning:
-            self.observer.warning(f"after the checkpoint of step {step}: {outcome.warning}")
+        self.saves.save(engine, cursor, info, wait=wait)
 
     def _evaluate(self, stage: _Stage, cursor: Cursor) -> float:
         """Held-out loss of the live weights."""
+        begun = time.monotonic()
         held_out = HeldOutSamples(stage.corpus.held_out, stage.settings.length)
         count = min(len(held_out), self.run.evaluation.sequences)
         loss = held_out_loss(stage.engine, [held_out[number] for number in range(count)])
-        self.observer.evaluated("held_out", cursor.step, {"loss": loss, "sequences": count})
+        values = {"loss": loss, "sequences": count}
+        self.observer.evaluated("held_out", cursor.step, values, time.monotonic() - begun)
         return loss
 
     def _report_path(self, index: int) -> Path:
@@ -312,9 +324,11 @@ class Run:
                 "ends without a proof of context; raise held_out or add longer documents"
             )
             return None
+        begun = time.monotonic()
         samples = [long[number] for number in range(len(long))]
         proof = context_proof(stage.engine, samples, settings.visible)
-        self.observer.evaluated("context", cursor.step, proof["gain"])
+        seconds = time.monotonic() - begun
+        self.observer.evaluated("context", cursor.step, proof["gain"], seconds)
         return proof
 
     def _finish(self, stage: _Stage, cursor: Cursor, seconds: float, speed: float) -> None:
@@ -330,10 +344,11 @@ class Run:
             "wall_s": seconds,
             "tokens_per_s": speed,
             "parameters": stage.engine.parameters,
-            "checkpoint": f"{self.store}/{FolderName(cursor.step)}",
+            "checkpoint": f"{self.saves.store}/{FolderName(cursor.step)}",
             "stages": reports,
             "evaluations": [{"name": "held-out documents", **proof}] if proof else [],
             "exactness": self.promise.record() if self.promise else None,
+            "goodput": goodput_so_far(self.directory.events).as_dict(),
         }
         self.directory.mark_complete(summary)
         self.observer.finished(summary)

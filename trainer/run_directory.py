@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..errors import RunError
+from ..redact import redact
 from .changes import changes
 from .settings import RunSettings
 
@@ -47,6 +49,21 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a run's lock.
+
+    Attributes:
+        pid: Its number on `host`.
+        host: Its machine.
+        since: When it took the lock, in unix seconds.
+    """
+
+    pid: int
+    host: str
+    since: float
 
 
 class RunDirectory:
@@ -95,6 +112,11 @@ class RunDirectory:
         return self.path / "tokenizer"
 
     @property
+    def rewinds(self) -> Path:
+        """The times that the run went back to a checkpoint; missing while there are none."""
+        return self.path / "rewinds.json"
+
+    @property
     def complete(self) -> Path:
         """The summary of a finished run; its presence is the mark."""
         return self.path / "complete.json"
@@ -119,11 +141,7 @@ class RunDirectory:
         try:
             return RunSettings.model_validate(yaml.safe_load(self.recipe.read_text("utf-8")))
         except (FileNotFoundError, NotADirectoryError):
-            fix = "give the run directory that `longspan train` printed, such as ./runs/quickstart"
-            what = (
-                "holds no run: recipe.yaml is missing" if self.path.exists() else "does not exist"
-            )
-            raise RunError(f"{self} {what}", fix) from None
+            raise self.no_run() from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
             made = self.read_environment().get("longspan", "unknown")
             raise RunError(
@@ -131,6 +149,14 @@ class RunDirectory:
                 f"it was written by longspan {made}, this is {__version__}: "
                 "go on with that version, or start in another --run-dir",
             ) from None
+
+    def no_run(self) -> RunError:
+        """What to say about a folder without a run."""
+        what = "holds no run: recipe.yaml is missing" if self.path.exists() else "does not exist"
+        return RunError(
+            f"{self} {what}",
+            "give the run directory that `longspan train` printed, such as ./runs/quickstart",
+        )
 
     def read_environment(self) -> dict[str, Any]:
         """environment.json; empty when it is missing or torn."""
@@ -151,7 +177,7 @@ class RunDirectory:
 
     def mark_complete(self, summary: Mapping[str, Any]) -> None:
         """Record that the run was trained to its end; call on rank 0 only."""
-        write_atomically(self.complete, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.complete, json.dumps(redact(summary), indent=2) + "\n")
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, as this process sees it; ranks ask rank 0 instead."""
@@ -163,6 +189,29 @@ class RunDirectory:
         """Its step, for messages."""
         newest = self.newest_checkpoint()
         return None if newest is None else int(newest.name[5:])
+
+    def owner(self) -> Owner | None:
+        """Who works on the run now, by its lock; None when nobody does. Changes nothing.
+
+        Where a lock cannot be tested, a process of this machine that is alive counts.
+        """
+        path = self.path / _LOCK
+        found = _read_object(path) or {}
+        try:
+            owner = Owner(int(found["pid"]), str(found["host"]), float(found["since"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+        # A lock that nobody holds is not taken, even for a moment, where a launch could meet it.
+        if owner.host == socket.gethostname() and not _is_alive(owner.pid):
+            return None
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return owner
+        except OSError as error:
+            return owner if error.errno in _NO_LOCKS else None
+        return None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -238,7 +287,8 @@ def check_same_recipe(directory: RunDirectory, run: RunSettings) -> None:
     recorded = directory.load_settings()
     if settings_hash(recorded) == settings_hash(run):
         return
-    found = list(changes(recorded.model_dump(mode="json"), run.model_dump(mode="json")))
+    old, new = (redact(settings.model_dump(mode="json")) for settings in (recorded, run))
+    found = list(changes(old, new))
     shown = [*found[:12], *([f"and {len(found) - 12} more"] if len(found) > 12 else [])]
     lines = "\n  ".join(["holds a run of another recipe (there -> asked for):", *shown])
     raise RunError(
@@ -271,7 +321,7 @@ def describe_environment(name: str) -> dict[str, Any]:
 
 def _write_recipe(directory: RunDirectory, run: RunSettings, name: str) -> None:
     # recipe.yaml makes the folder a run, so it is written last.
-    environment = describe_environment(name)
+    environment = redact(describe_environment(name))
     write_atomically(directory.environment, json.dumps(environment, indent=2) + "\n")
     header = f"# The resolved recipe of this run: {name}, longspan {__version__}.\n"
     body = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -292,6 +342,16 @@ def _refuse_foreign(directory: RunDirectory) -> None:
             f"{directory} is not empty and holds no run (it has {shown})",
             "give another --run-dir",
         )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _open_lock(directory: RunDirectory) -> IO[str]:

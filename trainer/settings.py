@@ -13,6 +13,7 @@ from ..parallel.settings import ParallelSettings
 from ..settings import Count, Length, Settings
 from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings, LocalTokenizer, Tokenizer
+from .recovery_settings import RecoverySettings
 
 SCHEME = "hf:"
 """Stands before the folder of a Hugging Face checkpoint."""
@@ -211,6 +212,7 @@ class RunSettings(Settings):
     tokenizer: Tokenizer
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     checkpoint: CheckpointSettings = CheckpointSettings()
+    recovery: RecoverySettings = RecoverySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     tracking: TrackingSettings = TrackingSettings()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..attention.probe import Probe
-from ..errors import RunError
 from ..parallel.waiting import Waiting
+from .bad_steps import BadStep, BadSteps
 from .checkpoint.cursor import Cursor
 from .context_load import ContextLoad
 from .data.samples import Sample, TrainingSamples, join
@@ -33,6 +33,7 @@ class _Pending:
     sums: StepSums
     lr: float
     begun: float
+    data_s: float
     cursor: Cursor
     probe: Probe | None
     context_bytes: int
@@ -42,11 +43,19 @@ class _Pending:
 
 @dataclass(frozen=True)
 class StageEnd:
-    """How a stage was left: the loss of its last step, and whether it was asked to stop early."""
+    """How a stage was left.
+
+    Attributes:
+        cursor: Where.
+        loss: Of the last step that was applied.
+        stopped: Whether it was asked to stop early.
+        bad: The step because of which the run must go back; it counts for nothing then.
+    """
 
     cursor: Cursor
     loss: float
     stopped: bool
+    bad: BadStep | None = None
 
 
 class StageLoop:
@@ -61,6 +70,7 @@ class StageLoop:
         samples: Its sequences.
         observer: Told of every step.
         stop: Set by a signal.
+        bad: Decides what follows a bad step.
         save: Called with the cursor where a checkpoint is due, and whether to wait for it.
         poll: Called after every step.
         evaluate: Called with the cursor where an evaluation is due.
@@ -77,23 +87,25 @@ class StageLoop:
         samples: TrainingSamples,
         observer: Observer,
         stop: StopRequest,
+        bad: BadSteps,
         save: Callable[[Cursor, bool], None],
         poll: Callable[[], None],
         evaluate: Callable[[Cursor], object],
     ) -> None:
         self.run, self.stage, self.plan, self.steps = run, stage, plan, steps
         self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
-        self.save, self.poll, self.evaluate = save, poll, evaluate
-        self._loss, self._stopping = math.nan, False
+        self.bad, self.save, self.poll, self.evaluate = bad, save, poll, evaluate
+        self._loss, self._stopping, self._save_asked = math.nan, False, False
+        self._back: BadStep | None = None
         self._load = ContextLoad(run.model, stage, engine.choice)
         self._count = FlopsCounter(run.model, stage, engine.model.real_vocab)
         self._peak = engine.peak_flops
         self._alarm = MfuAlarm(self._peak)
 
     def train(self, cursor: Cursor) -> StageEnd:
-        """Train from `cursor` to the end of the stage, or until a stop is agreed and saved.
+        """Train from `cursor` to the end of the stage, to a stop (agreed and saved) or a rewind.
 
-        Every rank reads the same sums, so all of them stop after the same step.
+        Every rank reads the same sums, so all of them stop, save and go back after the same step.
         """
         pending: _Pending | None = None
         if cursor.stage_step < self.plan.steps:
@@ -105,28 +117,50 @@ class StageLoop:
             lr = learning_rate(self.stage.optimizer, cursor.stage_step, self.plan.steps)
             key = (self.run.seed, self.stage.name, cursor.stage_step)
             batches = self._micro_batches(cursor.next_sample)
+            data_s = time.monotonic() - begun
             probe = self._probe(cursor.step + 1)
             traffic = self.engine.traffic
             _ = traffic.take(), traffic.take_waiting()  # an evaluation may have been between
-            sums = self.engine.train_step(batches, lr, self.stop.requested, key, probe)
+            asked = self.stop.requested
+            sums = self.engine.train_step(
+                batches, lr, asked, key, probe, save=self.stop.take_save()
+            )
             sent = traffic.take(), traffic.take_waiting()
             if pending is not None:
                 self._report(pending, begun)
             cursor = self._after_step(cursor)
-            pending = _Pending(sums, lr, begun, cursor, probe, *sent, batches)
-            ended = cursor.stage_step == self.plan.steps
-            save = cursor.step % self.run.checkpoint.every == 0
-            every = self.run.evaluation.every
-            evaluate = every > 0 and cursor.step % every == 0
-            if ended or save or evaluate or self._stopping:
+            pending = _Pending(sums, lr, begun, data_s, cursor, probe, *sent, batches)
+            if self._back is None and self._must_report(cursor):
                 self._report(pending, time.monotonic())
                 pending = None
-            if evaluate and not ended:
-                self.evaluate(cursor)
-            if (save or self._stopping) and not ended:
-                self.save(cursor, self._stopping)
+            # What ran after a bad step may have been applied, and is thrown away with the rest.
+            if self._back is not None:
+                return StageEnd(cursor, self._loss, False, self._back)
+            if cursor.stage_step < self.plan.steps:
+                self._evaluate_and_save(cursor)
             self.poll()
         return StageEnd(cursor, self._loss, self._stopping)
+
+    def _must_report(self, cursor: Cursor) -> bool:
+        """Whether the step that ended at a cursor has to be over before anything else."""
+        ended = cursor.stage_step == self.plan.steps
+        asked = self._stopping or self._save_asked
+        return ended or asked or self._save_due(cursor) or self._evaluation_due(cursor)
+
+    def _save_due(self, cursor: Cursor) -> bool:
+        return cursor.step % self.run.checkpoint.every == 0
+
+    def _evaluation_due(self, cursor: Cursor) -> bool:
+        every = self.run.evaluation.every
+        return every > 0 and cursor.step % every == 0
+
+    def _evaluate_and_save(self, cursor: Cursor) -> None:
+        """What is due between two steps; at the end of a stage the run does both."""
+        if self._evaluation_due(cursor):
+            self.evaluate(cursor)
+        if self._save_due(cursor) or self._stopping or self._save_asked:
+            self.save(cursor, self._stopping)
+            self._save_asked = False
 
     def _compare(self, cursor: Cursor) -> None:
         """Stop before the first step if context ranks do not compute what one rank does."""
@@ -172,15 +206,13 @@ class StageLoop:
     def _report(self, pending: _Pending, ended: float) -> None:
         """Read a step's sums, which waits for the device, and tell the observer."""
         sums, at = pending.sums.on_host(), pending.cursor
-        if sums["skipped"]:
-            raise RunError(
-                f"the loss or a gradient of step {at.step} (stage {self.stage.name}, step "
-                f"{at.stage_step}) is not finite; no rank applied it",
-                "lower the learning rate or look at that step's data, then start again: the "
-                "newest checkpoint is from before it",
-            )
-        self._loss = sums["loss"] / sums["tokens"]
         self._stopping = self._stopping or sums["stop"] > 0
+        self._save_asked = self._save_asked or sums["save"] > 0
+        if sums["skipped"]:
+            self._report_bad(at, sums)
+            return
+        self.bad.applied()
+        self._loss = sums["loss"] / sums["tokens"]
         seconds, flops = ended - pending.begun, self._flops(at)
         tokens = self.plan.sequences_per_step * self.stage.length
         places = ((self.engine.place(s).layout, s.cu_seqlens) for s in pending.batches)
@@ -197,6 +229,7 @@ class StageLoop:
                 lr=pending.lr,
                 tokens_per_s=tokens / seconds,
                 step_s=seconds,
+                data_s=pending.data_s,
                 losses=pending.sums.noted(),
                 tflops_per_s=flops / seconds / 1e12,
                 mfu=None if self._peak is None else flops / seconds / self._peak,
@@ -209,3 +242,19 @@ class StageLoop:
             self.observer.alarm("mfu", at.step, text)
         if pending.probe is not None:
             self.observer.observed(at.step, pending.probe.table())
+
+    def _report_bad(self, at: Cursor, sums: dict[str, float]) -> None:
+        """Decide what follows a step that was not applied; its loss is none of the stage's."""
+        bad = BadStep(
+            step=at.step,
+            stage=self.stage.name,
+            stage_step=at.stage_step,
+            next_sample=at.next_sample,
+            reason="spike" if sums["spike"] else "not finite",
+            loss=sums["loss"] / sums["tokens"],
+            grad_norm=math.sqrt(sums["square_norm"]),
+        )
+        if self.bad.decide(bad) == "rewind":
+            self._back = bad
+        else:
+            self.observer.skipped(bad.step, bad.loss, bad.grad_norm, bad.reason)

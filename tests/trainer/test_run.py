@@ -138,6 +138,47 @@ def test_a_complete_run_is_not_trained_again(straight, environment):
     assert (run_dir / "events.jsonl").read_bytes() == before
 
 
+def status(run_dir, environment):
+    """What `longspan status --json` and `longspan status` say, without torch."""
+    command = [sys.executable, "-X", "importtime", "-m", "longspan.cli", "status", str(run_dir)]
+    found = longspan([*command, "--json"], environment, run_dir.parent)
+    assert found.returncode == 0 and "| torch" not in found.stderr
+    shown = longspan([*command[:1], *command[3:]], environment, run_dir.parent)
+    assert shown.returncode == 0 and shown.stderr == ""
+    return json.loads(found.stdout), shown.stdout
+
+
+def assert_adds_up(goodput):
+    """Every second is in one bucket."""
+    assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_s"], abs=1e-4)
+    assert min(goodput["seconds"].values()) >= 0
+
+
+def test_status_says_where_the_time_of_a_run_went(straight, environment):
+    run_dir, done = straight
+    found, shown = status(run_dir, environment)
+    assert (found["state"], found["step"], found["steps"]) == ("complete", 16, 16)
+    assert (found["stage"], found["stage_step"], found["owner"]) == ("stretch", 8, None)
+    assert found["checkpoint"] == "step-00000016" and found["event"] == "ended"
+    goodput = found["goodput"]
+    assert_adds_up(goodput)
+    seconds, events = goodput["seconds"], list(read_events(run_dir / "events.jsonl"))
+    steps = [event for event in events if event["event"] == "step"]
+    busy = sum(event["step_s"] for event in steps)
+    assert seconds["productive"] + seconds["data"] == pytest.approx(busy, rel=0.05)
+    assert all(0 < event["data_s"] < event["step_s"] for event in steps)
+    for bucket in ("start_up", "save", "restore", "evaluation"):
+        assert seconds[bucket] > 0, bucket
+    for bucket in ("recomputed", "hang", "down", "queue"):
+        assert seconds[bucket] == 0, bucket
+    assert seconds["other"] < 0.25 * goodput["wall_s"]
+    assert "goodput " in shown and "start-up" in shown and "100.0%" in shown
+    recorded = json.loads((run_dir / "complete.json").read_text())["goodput"]
+    assert_adds_up(recorded)
+    assert recorded["seconds"]["productive"] == pytest.approx(seconds["productive"], abs=1e-3)
+    assert "goodput " in done.stdout and ", lost to " in done.stdout
+
+
 @pytest.mark.parametrize("step", [5, 13])
 def test_killed_in_the_middle_and_resumed_it_ends_bit_equal(straight, environment, tmp_path, step):
     run_dir = tmp_path / "run"
@@ -150,12 +191,18 @@ def test_killed_in_the_middle_and_resumed_it_ends_bit_equal(straight, environmen
     process.wait()
     process.stdout.close()
     assert not (run_dir / "complete.json").exists()
+    assert status(run_dir, environment)[0]["state"] == "lost"
     resumed = longspan([*RESUME, str(run_dir)], environment, tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert losses(run_dir) == losses(straight[0])
     proofs = [json.loads((d / "complete.json").read_text()) for d in (run_dir, straight[0])]
     assert proofs[0]["evaluations"] == proofs[1]["evaluations"]
     assert proofs[0]["stages"] == proofs[1]["stages"]
+    found, _ = status(run_dir, environment)
+    assert_adds_up(found["goodput"])
+    assert [attempt["end"] for attempt in found["goodput"]["attempts"]] == [None, "complete"]
+    for bucket in ("recomputed", "down"):
+        assert found["goodput"]["seconds"][bucket] > 0, bucket
 
 
 def test_a_killed_rank_ends_the_run_with_the_command_that_resumes(environment, tmp_path):
@@ -197,6 +244,28 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(straight, environment,
     resumed = longspan([*RESUME, "run"], environment, tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert losses(run_dir) == losses(straight[0])
+
+
+def test_sigusr1_to_ranks_that_still_start_saves_once_and_goes_on(environment, tmp_path):
+    few = ["stages.0.tokens=4K", "stages.1.tokens=1K", "checkpoint.every=100"]
+    changes = [word for change in few for word in ("--set", change)]
+    process = subprocess.Popen(
+        [*SMOKE, *changes, "--run-dir", "run"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "logs" / "rank-1.log").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "saved"] == [2, 4, 5]
 
 
 def test_torchrun_gives_the_same_run(straight, environment, tmp_path):

@@ -49,6 +49,7 @@ class Heard(Sink):
 
 def train(run, step=0, peak=None, wrong=False):
     """The news of this rank, and how its stage ended."""
+    from longspan.trainer.bad_steps import BadSteps
     from longspan.trainer.checkpoint.cursor import Cursor
     from longspan.trainer.engine import engine as module
     from longspan.trainer.plan import plan_stage
@@ -59,6 +60,7 @@ def train(run, step=0, peak=None, wrong=False):
     plan = replace(plan_stage(stage, run.ranks), steps=3)
     engine = module.Engine(run, stage, VOCAB)
     given = {"steps": 3, "engine": engine, "samples": Samples(), "observer": heard}
+    given["bad"] = BadSteps(run.recovery)
     then = {"stop": StopRequest(), "evaluate": lambda at: None}
     then |= {"save": lambda at, wait: None, "poll": lambda: None}
     first = Cursor(step, 0, step, step * 4, 0)

@@ -59,7 +59,6 @@ class Outcome:
         cursor: Where the run stood.
         name: The committed folder; None where there is none.
         seconds: From the beginning of the save to its end.
-        stall_s: How long training waited for it.
         tries: Attempts that it took.
         error: Why there is no checkpoint.
         warning: What went wrong after it was committed.
@@ -68,7 +67,6 @@ class Outcome:
     cursor: Cursor
     name: str | None
     seconds: float
-    stall_s: float
     tries: int
     error: CheckpointError | None = None
     warning: str = ""
@@ -85,7 +83,6 @@ class _Job:
     shard: Shard
     witness: tuple[int, bytes]
     begun: float
-    stall_s: float = 0.0
     outcome: Outcome | None = None
     thread: Thread | None = None
 
@@ -112,25 +109,19 @@ class Saver:
 
     def save(
         self, state: Callable[[], State], cursor: Cursor, info: Mapping[str, Any], *, wait: bool
-    ) -> Outcome | None:
-        """Begin to save, after the save before it has ended.
+    ) -> None:
+        """Begin to save. `wait` comes first where a save is in flight.
 
         Args:
-            state: Called when it has.
+            state: Called once, if there is anything to save.
             cursor: Where the run stands.
             info: What explains the checkpoint, printable as JSON.
-            wait: Whether to return only when the checkpoint is complete.
-
-        Returns:
-            How the save before it ended, if that was not told yet.
-
-        Raises:
-            CheckpointError: Too many saves in a row have failed, or this one was waited for.
+            wait: Whether to return only when it has ended; `wait` then says how.
         """
-        begun = time.monotonic()
-        before = self.wait()
+        assert self._job is None
         if self.committed == cursor.step:
-            return before
+            return
+        begun = time.monotonic()
         mine = state()
         witness = _witness(mine.pieces, cursor.step, self._rank)
         shard = stage(mine.pieces, self._staging)
@@ -142,8 +133,6 @@ class Saver:
         else:
             job.thread = Thread(target=self._work, args=(job,), name="checkpoint", daemon=True)
             job.thread.start()
-        job.stall_s = time.monotonic() - begun
-        return before
 
     def poll(self) -> Outcome | None:
         """How the save in flight ended, once; None while it goes on. Never waits."""
@@ -191,9 +180,7 @@ class Saver:
         except Exception as error:  # a rank is gone: the group tells it in its own words
             failure = (f"the ranks could not agree on it: {type(error).__name__}: {error}", "")
         error = None if failure is None else CheckpointError(*failure)
-        job.outcome = Outcome(
-            job.cursor, name, time.monotonic() - job.begun, job.stall_s, tries, error, warning
-        )
+        job.outcome = Outcome(job.cursor, name, time.monotonic() - job.begun, tries, error, warning)
 
     def _attempt(self, job: _Job) -> tuple[str | None, _Failure | None, str]:
         """One attempt: the committed folder, or why there is none, and a warning."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ...attention.catalogue import words
+from ...redact import redact
 from ..checkpoint.manifest import MANIFEST
 from ..data.settings import DataSettings, StdlibSource
 from ..observe.events import read_events
@@ -65,7 +66,7 @@ the stage and the number of the sequence, whatever the number of ranks. Versions
 ## Recipe
 
 ```yaml
-{yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()}
+{yaml.safe_dump(redact(run.model_dump(mode="json")), sort_keys=False, allow_unicode=True).rstrip()}
 ```
 """
 

@@ -35,6 +35,7 @@ from .microbatch import BatchBuilder, MicroBatch
 from .model import LongModel, Weights
 from .optimizer import Optimizer, StepSums
 from .place import Place, Places
+from .spikes import Spikes
 
 
 class Engine:
@@ -71,6 +72,7 @@ class Engine:
         self.build = self._builder()
         self.chunk: Any = self.model
         self.optimizer: Optimizer | None = None
+        self.spikes: Spikes | None = None
         if train:
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -81,9 +83,9 @@ class Engine:
             self.chunk.broadcast_params()
             _keep_whole_parameters(self.chunk)
             frozen = stage.trainable == "selection"
-            self.optimizer = Optimizer(
-                stage.optimizer, self.chunk, _selects if frozen else lambda parameter: True
-            )
+            self.spikes = self._spikes()
+            learns = _selects if frozen else lambda parameter: True
+            self.optimizer = Optimizer(stage.optimizer, self.chunk, learns, self.spikes)
 
     @property
     def data_rank(self) -> int:
@@ -114,6 +116,8 @@ class Engine:
         stop: bool,
         key: tuple[object, ...],
         probe: Probe | None = None,
+        *,
+        save: bool = False,
     ) -> StepSums:
         """One optimizer step over this rank's micro-batches.
 
@@ -123,6 +127,7 @@ class Engine:
             stop: Whether this rank was asked to stop; every rank learns of it.
             key: What the step's random numbers are drawn from.
             probe: Measures the first micro-batch; afterwards it has the sums over all ranks.
+            save: Whether this rank was asked to save and go on; likewise.
         """
         assert self.optimizer is not None
         seed_step(self.groups, *key)
@@ -141,8 +146,9 @@ class Engine:
         if self.reporting:
             loss = torch.stack([report[0] for report in reports]).sum()
             tokens = torch.stack([report[1] for report in reports]).sum()
-        flag = torch.full((), float(stop), device=self.device)
-        return self.optimizer.step(lr, loss, tokens, flag, self.shares(notes))
+        # Filled there: a copy from the host might wait.
+        asked = torch.stack([torch.full_like(zero, float(flag)) for flag in (stop, save)])
+        return self.optimizer.step(lr, loss, tokens, asked, self.shares(notes))
 
     def accumulate(
         self, batches: Iterator[MicroBatch], count: int, tokens: int | None = None
@@ -207,6 +213,12 @@ class Engine:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         gpu, wire = self.device.type == "cuda", self.config.params_dtype.itemsize
         return choose_exchange(self.run.model, self.stage, node=int(smallest), gpu=gpu, wire=wire)
+
+    def _spikes(self) -> Spikes | None:
+        recovery = self.run.recovery
+        if recovery.spike == "none":
+            return None
+        return Spikes(recovery.window, recovery.sigma, self.device)
 
     def _builder(self) -> BatchBuilder:
         """What makes this rank's micro-batches."""

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from ..settings import OptimizerSettings
 from .hooks import mend_optimizer
+from .spikes import Spikes
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class StepSums:
         tokens: Sum of the loss weights.
         square_norm: Squared norm of the mean loss's gradient, before clipping.
         stop: How many ranks were asked to stop.
-        skipped: 1.0 if the step was not applied because a gradient or the loss was not finite.
+        save: How many were asked to save and go on.
+        skipped: 1.0 if the step was not applied: the loss or a gradient was not finite, or a spike.
+        spike: 1.0 if it was not applied although all was finite.
         notes: Sums and weights of what layers noted, fp64 [2] by name.
     """
 
@@ -33,12 +36,14 @@ class StepSums:
     tokens: torch.Tensor
     square_norm: torch.Tensor
     stop: torch.Tensor
+    save: torch.Tensor
     skipped: torch.Tensor
+    spike: torch.Tensor
     notes: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def on_host(self) -> dict[str, float]:
         """All sums as numbers; waits for the device."""
-        names = ("loss", "tokens", "square_norm", "stop", "skipped")
+        names = ("loss", "tokens", "square_norm", "stop", "save", "skipped", "spike")
         values = torch.stack([getattr(self, name).double() for name in names]).tolist()
         return dict(zip(names, values, strict=True))
 
@@ -56,14 +61,15 @@ class Optimizer:
     """AdamW over this rank's shard of the parameters.
 
     A step makes one small all-reduce over the world, from which every rank learns the same global
-    norm and whether anything was not finite; torch's fused AdamW takes the clip factor and the
-    skip flag as device tensors, so that no rank waits for its device here.
+    norm and whether anything was not finite or spiked; torch's fused AdamW takes the clip factor
+    and the skip flag as device tensors, so that no rank waits for its device here.
 
     Args:
         settings: Of the stage.
         model: The wrapped model.
         learns: Which parameters learn. The others keep their values, moments and step counts, and
             are in every checkpoint all the same.
+        spikes: Finds steps that stand out, which are not applied; None applies all finite ones.
     """
 
     def __init__(
@@ -71,9 +77,10 @@ class Optimizer:
         settings: OptimizerSettings,
         model: DistributedDataParallel,
         learns: Callable[[torch.nn.Parameter], bool] = lambda parameter: True,
+        spikes: Spikes | None = None,
     ) -> None:
         mend_optimizer()
-        self.settings = settings
+        self.settings, self.spikes = settings, spikes
         config = OptimizerConfig(
             optimizer="adam",
             # Every step sets the rate. megatron 0.19 tells parameter groups apart by these two and
@@ -154,34 +161,40 @@ class Optimizer:
         lr: float,
         loss: torch.Tensor,
         tokens: torch.Tensor,
-        stop: torch.Tensor,
+        asked: torch.Tensor,
         notes: dict[str, torch.Tensor],
     ) -> StepSums:
-        """Apply the gradients of a finished forward-backward, unless one is not finite.
+        """Apply the gradients of a finished forward-backward, unless one is not finite or spikes.
 
         Args:
             lr: Learning rate.
             loss: This rank's share of the weighted sum of losses, fp32 scalar on the device.
             tokens: Its share of the loss weights.
-            stop: 1.0 if this rank was asked to stop.
+            asked: Whether this rank was asked to stop, and to save: 1.0 or 0.0 each, [2].
             notes: Its share of the sums and weights of notes, of the same names on all ranks.
 
         Returns:
             The global sums.
         """
         self.megatron.prepare_grads()
-        local = torch.stack([x.double() for x in (loss, tokens, self._square_norm(), stop)])
-        local = torch.cat([local, *notes.values()])
+        local = torch.stack([x.double() for x in (loss, tokens, self._square_norm())])
+        local = torch.cat([local, asked.double(), *notes.values()])
         dist.all_reduce(local)
-        sums = local[:4].float()
-        skipped = (~torch.isfinite(sums[0] + sums[2])).float()
+        sums = local[:3].float()
+        finite = torch.isfinite(sums[0] + sums[2])
+        spike = torch.zeros_like(finite)
+        if self.spikes is not None:
+            values = torch.stack([local[0] / local[1], local[2].sqrt()])
+            spike = self.spikes.judge(values, finite)
+        skipped = (~finite | spike).float()
         self._set_device_flags(sums[2].sqrt(), skipped)
         for group in self.megatron.param_groups:
             group["lr"] = lr * group["lr_mult"]
         with self._only_what_learns():
             self.megatron.step_with_ready_grads()
-        noted = dict(zip(notes, local[4:].view(-1, 2), strict=True))
-        return StepSums(local[0], local[1], local[2], local[3], skipped, noted)
+        noted = dict(zip(notes, local[5:].view(-1, 2), strict=True))
+        stop, save = local[3], local[4]
+        return StepSums(local[0], local[1], local[2], stop, save, skipped, spike.float(), noted)
 
     def gradients(self) -> list[torch.Tensor]:
         """The finished gradients that this rank alone counts; see `_square_norm`.

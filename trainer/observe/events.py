@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...redact import redact
+
 
 class EventLog:
     """Appends events. A failing disk costs a warning, never the run.
@@ -20,11 +22,12 @@ class EventLog:
 
     Args:
         path: The file; made when missing.
+        attempt: The launch that the events belong to; left out: one more than in the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = Path(path)
-        self.attempt = 1 + max((event.get("attempt", 0) for event in read_events(path)), default=0)
+        self.attempt = attempt or 1 + _newest_attempt(path)
         self._warned = False
         self._file: int | None = None
         try:
@@ -41,7 +44,7 @@ class EventLog:
         if self._file is None:
             return
         record = {"event": event, "time": time.time(), "attempt": self.attempt, **fields}
-        line = json.dumps(_finite(record), default=str).encode() + b"\n"
+        line = json.dumps(_finite(redact(record)), default=str).encode() + b"\n"
         try:
             line = b"\n" + line if self._torn else line
             self._torn = True
@@ -75,6 +78,11 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                     yield event
     except OSError:
         return
+
+
+def _newest_attempt(path: Path) -> int:
+    numbers = (event.get("attempt") for event in read_events(path))
+    return max((number for number in numbers if isinstance(number, int)), default=0)
 
 
 def _finite(value: Any) -> Any:

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...redact import redact_text
 from ..run_directory import RunDirectory
 from ..settings import RunSettings
+from .attempts import attempt_of_environment
 from .events import EventLog
 from .sink import Sink, StepMetrics
 from .terminal import Terminal
@@ -50,13 +52,29 @@ class Observer(Sink):
         """See `Sink`."""
         self._tell(lambda sink: sink.alarm(name, step, text))
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
         """See `Sink`."""
-        self._tell(lambda sink: sink.evaluated(name, step, values))
+        self._tell(lambda sink: sink.skipped(step, loss, grad_norm, reason))
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.rewound(step, to, sequences, reason))
+
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.evaluated(name, step, values, seconds))
+
+    def saving(self, step: int, stall_s: float) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.saving(step, stall_s))
 
     def saved(self, step: int, path: Path, seconds: float) -> None:
         """See `Sink`."""
         self._tell(lambda sink: sink.saved(step, path, seconds))
+
+    def restored(self, step: int, path: Path, seconds: float) -> None:
+        """See `Sink`."""
+        self._tell(lambda sink: sink.restored(step, path, seconds))
 
     def message(self, text: str) -> None:
         """See `Sink`."""
@@ -87,7 +105,7 @@ class Observer(Sink):
                 self._sinks.remove(sink)
                 with suppress(OSError, ValueError):
                     text = f"warning: {type(sink).__name__} failed and is off: {error!r}"
-                    print(text, file=sys.stderr, flush=True)
+                    print(redact_text(text), file=sys.stderr, flush=True)
 
 
 class EventSink(Sink):
@@ -120,13 +138,30 @@ class EventSink(Sink):
         """Event `alarm`."""
         self._log.write("alarm", name=name, step=step, text=text)
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """Event `skipped`."""
+        self._log.write("skipped", step=step, loss=loss, grad_norm=grad_norm, reason=reason)
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """Event `rewound`."""
+        fields = {"from": step, "to": to, "sequences": sequences, "reason": reason}
+        self._log.write("rewound", **fields)
+
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """Event `evaluated`."""
-        self._log.write("evaluated", name=name, step=step, values=values)
+        self._log.write("evaluated", name=name, step=step, values=values, seconds=seconds)
+
+    def saving(self, step: int, stall_s: float) -> None:
+        """Event `saving`."""
+        self._log.write("saving", step=step, stall_s=stall_s)
 
     def saved(self, step: int, path: Path, seconds: float) -> None:
         """Event `saved`."""
         self._log.write("saved", step=step, path=str(path), seconds=seconds)
+
+    def restored(self, step: int, path: Path, seconds: float) -> None:
+        """Event `restored`."""
+        self._log.write("restored", step=step, path=str(path), seconds=seconds)
 
     def message(self, text: str) -> None:
         """Event `message`."""
@@ -152,12 +187,12 @@ class EventSink(Sink):
 def open_observer(directory: RunDirectory, run: RunSettings, rank: int) -> Observer:
     """The observer of a rank: complete on rank 0, silent elsewhere.
 
-    Opening it counts as an attempt. It never raises for a terminal, a disk or Weights & Biases
-    that does not work.
+    Without a launcher that counts, opening it counts as an attempt. It never raises for a
+    terminal, a disk or Weights & Biases that does not work.
     """
     if rank != 0:
         return Observer()
-    log = EventLog(directory.events)
+    log = EventLog(directory.events, attempt_of_environment())
     terminal = Terminal(directory=str(directory))
     tracking = start_tracking(directory, run, log.attempt, terminal)
     return Observer([EventSink(log), terminal, *([tracking] if tracking else [])])

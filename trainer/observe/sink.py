@@ -24,6 +24,7 @@ class StepMetrics:
         lr: Learning rate of this step.
         tokens_per_s: Tokens of this step over its time, all ranks together.
         step_s: Seconds that the step took.
+        data_s: Seconds of them in which this rank waited for its batches.
         losses: Mean per token and layer of each loss that mechanisms add, before its weight.
         tflops_per_s: 10^12 operations that the model needs for the step's documents (nothing that
             is computed again), over its time, all ranks together.
@@ -45,6 +46,7 @@ class StepMetrics:
     lr: float
     tokens_per_s: float
     step_s: float
+    data_s: float = 0.0
     losses: Mapping[str, float] = field(default_factory=dict)
     tflops_per_s: float = 0.0
     mfu: float | None = None
@@ -78,11 +80,26 @@ class Sink:
     def alarm(self, name: str, step: int, text: str) -> None:
         """A measurement that cannot be right; the run goes on."""
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """An evaluation is done; the plain numbers in `values` are shown and tracked."""
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """A step was not applied, and the run goes on behind it; `loss` and norm may be NaN."""
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """Because of `step` the run goes back to the checkpoint at step `to`, 0: to its start.
+
+        It goes on without the data between, of which it leaves out `sequences` more than before.
+        """
+
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
+        """An evaluation took `seconds`; the plain numbers in `values` are shown and tracked."""
+
+    def saving(self, step: int, stall_s: float) -> None:
+        """A save has begun, for which training waited `stall_s`."""
 
     def saved(self, step: int, path: Path, seconds: float) -> None:
-        """A checkpoint is complete."""
+        """A checkpoint is complete, `seconds` after it was begun."""
+
+    def restored(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint was loaded; the steps after `step`, if there were any, are lost."""
 
     def message(self, text: str) -> None:
         """Something to know."""

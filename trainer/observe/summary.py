@@ -5,6 +5,7 @@ A summary is a plain dict, so that `complete.json` holds it as it is:
     {"wall_s", "tokens", "tokens_per_s",
      "stages": [{"name", "length", "steps", "tokens", "loss", "held_out_loss"}, ...],
      "checkpoint": path of the final checkpoint,
+     "goodput": {"wall_s", "share", "seconds": {bucket: seconds, ...}, "attempts"},
      "evaluations": [{"name", "step",
                       "buckets": [{"first", "last", "loss", "tokens"}, ...],
                       "gain": {"full", "visible_only", "gain", "standard_error",
@@ -19,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_SHOWN_LOSSES = 3
+
 
 def render_summary(directory: str, summary: Mapping[str, Any]) -> str:
     """All of a finished run.
@@ -27,7 +30,7 @@ def render_summary(directory: str, summary: Mapping[str, Any]) -> str:
         directory: The run directory as the user would type it.
         summary: See the module.
     """
-    parts = [f"\nrun complete: {directory}", *_headline(summary)]
+    parts = [f"\nrun complete: {directory}", *_headline(summary), *_goodput_lines(summary)]
     parts += _stage_lines(summary.get("stages", ()))
     for evaluation in summary.get("evaluations", ()):
         parts += _evaluation_lines(evaluation)
@@ -39,6 +42,7 @@ def render_summary(directory: str, summary: Mapping[str, Any]) -> str:
 def render_complete(directory: str, summary: Mapping[str, Any]) -> str:
     """What to say instead of training a finished run again."""
     parts = [f"{directory} is complete; nothing to do", *_headline(summary)]
+    parts += _goodput_lines(summary)
     parts += _stage_lines(summary.get("stages", ()))
     for evaluation in summary.get("evaluations", ()):
         parts += [f"  {line}" for line in _gain_lines(evaluation)]
@@ -56,6 +60,22 @@ def _headline(summary: Mapping[str, Any]) -> list[str]:
     return ["  " + ", ".join(parts)] if parts else []
 
 
+def _goodput_lines(summary: Mapping[str, Any]) -> list[str]:
+    found = summary.get("goodput") or {}
+    line = goodput_line(found.get("share"), found.get("wall_s", 0.0), found.get("seconds", {}))
+    return [f"  {line}"] if line else []
+
+
+def goodput_line(share: float | None, wall_s: float, seconds: Mapping[str, float]) -> str:
+    """Goodput and what it lost most to; empty before any time has passed."""
+    if share is None or wall_s <= 0:
+        return ""
+    losses = {name: part / wall_s for name, part in seconds.items() if name != "productive"}
+    largest = sorted(losses.items(), key=lambda item: -item[1])[:_SHOWN_LOSSES]
+    words = [f"{name.replace('_', '-')} {part:.1%}" for name, part in largest if part >= 0.001]
+    return f"goodput {share:.1%}" + (f", lost to {', '.join(words)}" if words else "")
+
+
 def _stage_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     if not stages:
         return []
@@ -67,7 +87,7 @@ def _stage_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for stage in stages
     ]
-    return _table(("stage", "length", "steps", "tokens", "last loss", "held-out loss"), rows)
+    return table(("stage", "length", "steps", "tokens", "last loss", "held-out loss"), rows)
 
 
 def _evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -83,7 +103,7 @@ def _evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
             )
             for bucket in buckets
         ]
-        lines += _table(("position", "loss", "tokens"), rows)
+        lines += table(("position", "loss", "tokens"), rows)
     return [*lines, *(f"  {line}" for line in _gain_lines(evaluation))]
 
 
@@ -118,8 +138,8 @@ def _number(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, numbers to the right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return [
         "    "

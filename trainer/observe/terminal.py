@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ...redact import redact_text
 from .sink import Sink, StepMetrics, numbers
 from .summary import render_summary
 
@@ -52,6 +53,7 @@ class Terminal(Sink):
         self._eta = Eta()
         self._stages: list[str] = []
         self._shown_at = -float("inf")
+        self._stall_s = 0.0
 
     def run_started(self, info: Mapping[str, Any]) -> None:
         """Remember the stages ahead; one line with what a resume will keep."""
@@ -96,19 +98,33 @@ class Terminal(Sink):
         """One line above the live one."""
         self.message(f"ALARM at step {step}: {text}")
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """One line above the live one."""
+        self.warning(f"step {step} skipped: {reason} (loss {loss:.4g}, grad norm {grad_norm:.4g})")
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """One line above the live one."""
+        where = f"step {to}" if to else "the start"
+        self.warning(f"step {step}: {reason}; back to {where}, without {sequences} sequences")
+
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """One line with the numbers."""
         shown = " ".join(f"{key}={value:.6g}" for key, value in numbers(values).items())
         self.message(f"evaluated {name} at step {step}: {shown}")
 
+    def saving(self, step: int, stall_s: float) -> None:
+        """Kept for the line that says that it is saved."""
+        self._stall_s = stall_s
+
     def saved(self, step: int, path: Path, seconds: float) -> None:
         """One line."""
-        self.message(f"saved step {step} in {seconds:.1f} s")
+        waited = f"training waited {self._stall_s:.1f} s"
+        self.message(f"saved step {step} in {seconds:.1f} s, {waited}")
 
     def message(self, text: str) -> None:
         """One line above the live one."""
         with suppress(OSError, ValueError):
-            self._console.print(text)
+            self._console.print(redact_text(text))
 
     def warning(self, text: str) -> None:
         """One line above the live one."""

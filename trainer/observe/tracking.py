@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ...errors import RunError
+from ...redact import redact
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings, TrackingSettings
 from .sink import Sink, StepMetrics, numbers
@@ -123,7 +124,7 @@ class Tracking(Sink):
     def step(self, metrics: StepMetrics) -> None:
         """Log under `train/`, with the axes `step` and `tokens`."""
         self._tokens = metrics.tokens
-        fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "tflops_per_s"]
+        fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "data_s", "tflops_per_s"]
         fields += ["mfu"] if metrics.mfu is not None else []
         fields += ["context_bytes", "context_wait_s"] if metrics.context_bytes else []
         fields += ["imbalance"] if metrics.imbalance is not None else []
@@ -144,7 +145,7 @@ class Tracking(Sink):
         """Keep the alarm with the run."""
         self._send("summary", {f"alarm/{name}": f"step {step}: {text}"})
 
-    def evaluated(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+    def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
         """Log the plain numbers under the evaluation's name."""
         named = {f"{name}/{key}": value for key, value in numbers(values).items()}
         self._send("log", {"step": step, "tokens": self._tokens, **named})
@@ -165,7 +166,8 @@ class Tracking(Sink):
     def _send(self, kind: str, values: Mapping[str, Any]) -> None:
         if self._process is None:
             return
-        self._pending += json.dumps({"kind": kind, "values": values}, default=str).encode() + b"\n"
+        message = {"kind": kind, "values": redact(values)}
+        self._pending += json.dumps(message, default=str).encode() + b"\n"
         self._flush()
 
     def _flush(self) -> None:

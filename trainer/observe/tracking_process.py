@@ -14,6 +14,8 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+from ...redact import redact_text
+
 _START_S = 60
 _UPLOAD_S = 600
 
@@ -96,7 +98,7 @@ def _answer(stream: IO[str], kind: str, text: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return redact_text(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from longspan.trainer.observe.sink import StepMetrics
+from longspan.trainer.observe.summary import render_complete, render_summary
 from longspan.trainer.observe.terminal import Eta, Terminal, duration
 
 STAGES = [
@@ -111,7 +112,8 @@ def test_plain_lines_at_the_ends_of_a_stage_and_every_ten_seconds():
     for step, time in ((1, 0.0), (2, 9.9), (3, 10.1), (4, 10.2)):
         now[0] = time
         terminal.step(at(step))
-    terminal.evaluated("held_out", 4, {"loss": 6.75, "sequences": 16, "buckets": [1]})
+    terminal.evaluated("held_out", 4, {"loss": 6.75, "sequences": 16, "buckets": [1]}, 0.5)
+    terminal.saving(4, 0.1)
     terminal.saved(4, Path("step-4"), 0.2)
     terminal.warning("look out")
     assert screen.getvalue() == PLAIN
@@ -134,6 +136,15 @@ def test_the_summary_has_the_tables_the_gain_and_the_next_commands():
     screen = Screen()
     Terminal("runs/tiny", screen).finished(SUMMARY)
     assert screen.getvalue() == RENDERED
+
+
+def test_the_summary_says_what_goodput_lost_most_to():
+    seconds = {"productive": 6.0, "save": 1.0, "start_up": 2.5, "down": 0.4, "queue": 0.1}
+    found = {"share": 0.6, "wall_s": 10.0, "seconds": seconds, "attempts": 2}
+    line = "  goodput 60.0%, lost to start-up 25.0%, save 10.0%, down 4.0%\n"
+    for render in (render_summary, render_complete):
+        assert line in render("runs/tiny", {"tokens": 5, "goodput": found}) + "\n"
+        assert "goodput" not in render("runs/tiny", {"goodput": {"share": None, "wall_s": 0.0}})
 
 
 @pytest.mark.parametrize(("gain", "error"), [(0.05, 0.03), (-0.2, 0.03), (0.1, 0.0)])

@@ -139,7 +139,7 @@ def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
         observer = open_observer(directory, settings("auto"), rank=0)
         for step in range(1, 4):
             observer.step(metrics(step))
-        observer.evaluated("held_out", 3, {"loss": 4.0, "buckets": []})
+        observer.evaluated("held_out", 3, {"loss": 4.0, "buckets": []}, 0.5)
         observer.finished({"tokens": 3072}) if attempt == 2 else observer.stopped(3, "asked")
         observer.close()
         # wandb names its folders by the second.
@@ -169,6 +169,23 @@ def test_context_ranks_and_alarms_are_tracked(directory, monkeypatch, tmp_path):
     assert {key: logs[1][f"train/{key}"] for key in of_context} == of_context
     summary = {"kind": "summary", "values": {"alarm/mfu": "step 2: too fast"}}
     assert [message for message in sent if message["kind"] == "summary"] == [summary]
+
+
+def test_no_credential_is_tracked_and_the_goodput_is(directory, monkeypatch, tmp_path):
+    script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
+    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    run = settings()
+    project = TrackingSettings(wandb="offline", project="https://me:password-of-mine@host")
+    run = run.model_copy(update={"tracking": project})
+    tracker = tracking.start_tracking(directory, run, 1, Console())
+    tracker.alarm("save", 2, "refused: api_key='password-of-mine'")
+    tracker.finished({"goodput": {"share": 0.5, "seconds": {"productive": 2.0}}})
+    sent = (tmp_path / "sent").read_text()
+    assert "password-of-mine" not in sent and "https://***@host" in sent
+    messages = [json.loads(line) for line in sent.splitlines()]
+    summaries = [message["values"] for message in messages if message["kind"] == "summary"]
+    assert summaries[-1]["goodput"] == {"share": 0.5, "seconds": {"productive": 2.0}}
+    assert messages[0]["values"]["config"]["stages"][0]["batch_tokens"] == 1024
 
 
 def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, monkeypatch):

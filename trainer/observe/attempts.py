@@ -1,0 +1,54 @@
+"""Attempts: what the launcher adds to events.jsonl, before the ranks begin and after they end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..failure import COMPLETE, INTERRUPTED, STOPPED, Failure
+from .events import EventLog
+
+ATTEMPT = "LONGSPAN_ATTEMPT"
+"""The environment variable that tells the ranks the number of their attempt."""
+
+_HOW = {COMPLETE: "complete", STOPPED: "stopped", INTERRUPTED: "interrupted"}
+
+
+def launched(events: Path, **fields: Any) -> int:
+    """Write that ranks are about to start.
+
+    Returns:
+        The number of the attempt, for the ranks and for `ended`.
+    """
+    log = EventLog(events)
+    log.write("launched", pid=os.getpid(), **fields)
+    log.close()
+    return log.attempt
+
+
+def ended(events: Path, attempt: int, code: int, failure: Failure | None = None) -> None:
+    """Write how the ranks of an attempt ended; none of them writes any more."""
+    log = EventLog(events, attempt)
+    how = _HOW.get(code, "failed")
+    reason = failure.message.partition("\n")[0] if failure and how == "failed" else ""
+    log.write("ended", code=code, how=how, **({"reason": reason} if reason else {}))
+    log.close()
+
+
+def attempt_of_environment() -> int | None:
+    """The attempt that the launcher gave this rank; None without a launcher that counts."""
+    number = os.environ.get(ATTEMPT, "")
+    return int(number) if number.isdigit() else None
+
+
+@contextmanager
+def attempt_in_environment(number: int) -> Iterator[None]:
+    """Tell a rank that works in this process the number of its attempt."""
+    os.environ[ATTEMPT] = str(number)
+    try:
+        yield
+    finally:
+        del os.environ[ATTEMPT]
