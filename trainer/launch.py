@@ -103,7 +103,7 @@ def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) ->
     if (summary := directory.read_summary()) is not None:
         print(render_complete(str(directory), summary), flush=True)
         return COMPLETE
-    with directory.lock():
+    with directory.lock() as lock:
         step = directory.newest_checkpoint_step()
         if step is not None:
             print(f"{directory}: going on from the checkpoint at step {step}", flush=True)
@@ -113,7 +113,7 @@ def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) ->
             clear_failures(directory.path)
             ranks = local_ranks(run)
             attempt = launched(directory.events, ranks=ranks)
-            gang = Gang(directory, ranks, command, attempt, run.recovery.grace)
+            gang = Gang(directory, ranks, command, attempt, run.recovery.grace, (lock,))
             code = gang.run()
             failure = gang.failure()
             ended(directory.events, attempt, code, failure)
