@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, cli_checkpoint
 from .errors import LongspanError
 from .redact import redact_text
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 
 _RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")
@@ -85,13 +86,19 @@ def resume(
             help="Let this resume fall to E1 (other layout or machine) or E0 (other data too).",
         ),
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            "--from", metavar="STEP", help="Go on from this checkpoint; newer ones are set aside."
+        ),
+    ] = None,
 ) -> None:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint, or an older one."""
     from .trainer.exactness import read_level
     from .trainer.launch import resume as resume_run
 
     allowed = None if exactness is None else read_level(exactness, "--exactness")
-    raise typer.Exit(resume_run(run_dir, exactness=allowed))
+    raise typer.Exit(resume_run(run_dir, exactness=allowed, from_step=from_step))
 
 
 @app.command()

@@ -26,9 +26,9 @@ _ANY_WORD = re.compile(rf"(?:{_ANY})", re.IGNORECASE)
 _TEXT_WORD = re.compile(rf"(?:{_ANY}|{_TEXT_ONLY}|[a-z0-9]*(?:{_ENDS}))", re.IGNORECASE)
 _SHOUTED = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL")
 # With one slash only, as a path that was made of a URL has it, there has to be a password.
+_NO_END = r"[^\s/?#'\"<>]"
 _USER = re.compile(
-    r"\b([A-Za-z][A-Za-z0-9+.-]{0,30}:/(?:/(?=[^\s/?#'\"<>]+@)|(?=[^\s/?#'\"<>:]+:[^\s/?#'\"<>]+@)))"
-    r"[^\s/?#'\"<>]+@"
+    rf"\b([A-Za-z][A-Za-z0-9+.-]{{0,30}}:/)(?:(/){_NO_END}+|{_NO_END}*?:{_NO_END}+)@"
 )
 _QUERY = re.compile(r"([?&;])([A-Za-z0-9._~-]+)=([^\s&;#'\"<>)\]]+)")
 _QUERY_NAMES = frozenset({"sig", "auth", "awsaccesskeyid", "googleaccessid"})
@@ -103,7 +103,7 @@ def _redact(value: Any, name: str, known: tuple[str, ...]) -> Any:
 
 
 def _redact_parts(text: str) -> str:
-    text = _USER.sub(rf"\g<1>{HIDDEN}@", text)
+    text = _USER.sub(rf"\g<1>\g<2>{HIDDEN}@", text)
     text = _QUERY.sub(_hide_query, text)
     text = _SCHEME.sub(rf"\g<1> {HIDDEN}", text)
     return _hide_assigned(text)

@@ -10,7 +10,16 @@ import longspan
 import pytest
 
 ROOT = Path(longspan.__file__).parent
-FLOORS = ("cli", "cluster", "recipes", "trainer", "attention", "parallel", "kernels")
+FLOORS = (
+    "cli",
+    "cli_checkpoint",
+    "cluster",
+    "recipes",
+    "trainer",
+    "attention",
+    "parallel",
+    "kernels",
+)
 """From the top. Everything else (errors, settings, the version) lies below all of them."""
 
 
@@ -101,6 +110,8 @@ def test_settings_and_checks_are_free_of_torch():
         "attention.parameters",
         "attention.rope_config",
         "cli",
+        "trainer.checkpoint.object_store",
+        "trainer.checkpoint.verbs",
         "trainer.plan",
         "trainer.status",
         "trainer.devices",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
+from .checkpoint.choice import newest_step, refuse_complete, set_aside_newer
+from .checkpoint.store import Store, open_store
 from .devices import gpu_count
 from .exactness import Level, allow
 from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
@@ -34,6 +36,7 @@ def train(
     command: Sequence[str] = WORKER,
     *,
     exactness: Level | None = None,
+    from_step: int | None = None,
 ) -> int:
     """Train a recipe in `run_dir`, or go on with the run of the same recipe that is there.
 
@@ -43,6 +46,7 @@ def train(
         run_dir: Made when it does not exist.
         command: The command of one rank, without its argument.
         exactness: The level that this resume may fall to; None: as the run says.
+        from_step: Of the checkpoint to go on from; None: the newest.
 
     Returns:
         0 complete, 75 stopped and resumable, 2 user error, 1 crash, 130 stopped at once.
@@ -52,15 +56,19 @@ def train(
     """
     allow(exactness)
     if under_torchrun():
-        return join_torchrun(run, name, run_dir)
+        return join_torchrun(run, name, run_dir, from_step)
     local_ranks(run)
     check_tracking(run.tracking)
     directory = create_or_open(run_dir, run, name)
-    return _go_on(directory, run, command)
+    return _go_on(directory, run, command, from_step)
 
 
 def resume(
-    run_dir: Path, command: Sequence[str] = WORKER, *, exactness: Level | None = None
+    run_dir: Path,
+    command: Sequence[str] = WORKER,
+    *,
+    exactness: Level | None = None,
+    from_step: int | None = None,
 ) -> int:
     """Go on with the run in `run_dir` from its newest checkpoint.
 
@@ -68,6 +76,7 @@ def resume(
         run_dir: The folder of a run.
         command: The command of one rank, without its argument.
         exactness: The level that this resume may fall to; None: as the run says.
+        from_step: Of the checkpoint to go on from, newer ones are set aside; None: the newest.
 
     Returns:
         As `train`.
@@ -78,7 +87,7 @@ def resume(
     directory = RunDirectory(run_dir)
     run = directory.load_settings()
     name = directory.read_environment().get("recipe", directory.path.name)
-    return train(run, name, directory.path, command, exactness=exactness)
+    return train(run, name, directory.path, command, exactness=exactness, from_step=from_step)
 
 
 def local_ranks(run: RunSettings) -> int:
@@ -99,12 +108,18 @@ def local_ranks(run: RunSettings) -> int:
     return ranks
 
 
-def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) -> int:
+def _go_on(
+    directory: RunDirectory, run: RunSettings, command: Sequence[str], from_step: int | None
+) -> int:
     if (summary := directory.read_summary()) is not None:
+        refuse_complete(directory, from_step)
         print(render_complete(str(directory), summary), flush=True)
         return COMPLETE
     with directory.lock() as lock:
-        step = directory.newest_checkpoint_step()
+        store = open_store(run.checkpoint.where, directory.path)
+        if from_step is not None:
+            set_aside_newer(store, from_step)
+        step = newest_step(store)
         if step is not None:
             print(f"{directory}: going on from the checkpoint at step {step}", flush=True)
         elif directory.events.exists():
@@ -119,7 +134,7 @@ def _go_on(directory: RunDirectory, run: RunSettings, command: Sequence[str]) ->
             ended(directory.events, attempt, code, failure)
             if code != CRASHED or retry or not _is_port_clash(failure):
                 break
-        _report(directory, code, failure)
+        _report(directory, store, code, failure)
     return code
 
 
@@ -129,7 +144,7 @@ def _is_port_clash(failure: Failure | None) -> bool:
     return "eaddrinuse" in text or "address already in use" in text
 
 
-def _report(directory: RunDirectory, code: int, failure: Failure | None) -> None:
+def _report(directory: RunDirectory, store: Store, code: int, failure: Failure | None) -> None:
     """Say on stderr why the ranks ended, once, and how to go on."""
     if code == COMPLETE:
         return
@@ -139,7 +154,7 @@ def _report(directory: RunDirectory, code: int, failure: Failure | None) -> None
             lines = failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
             say("\n".join(f"  {line}" for line in lines))
             say(f"  logs: {directory}/logs")
-    step = directory.newest_checkpoint_step()
+    step = newest_step(store)
     if step is None:
         say("no checkpoint was written; start again with:")
     else:

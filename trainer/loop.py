@@ -79,6 +79,12 @@ class Run:
 
     def train(self) -> bool:
         """Train what is left. Returns whether the run is complete (else it was asked to stop)."""
+        try:
+            return self._train()
+        finally:
+            self.saves.close()
+
+    def _train(self) -> bool:
         begun = time.monotonic()
         self.observer.run_started(self._info())
         checkpoint = self.saves.found()
@@ -179,10 +185,12 @@ class Run:
         if checkpoint is None:
             level, _ = declared(self.machine["device"])
             return Promise(level, level)
+        inside = cursor.stage_step > 0
+        # A rewind may have moved the run's cursor behind data that the checkpoint never saw.
         resume = go_on(
             checkpoint.manifest.info,
-            _at(stage, cursor),
-            inside=cursor.stage_step > 0,
+            _at(stage, checkpoint.cursor if inside else cursor),
+            inside=inside,
             setting=self.run.checkpoint.exactness,
             checkpoint=checkpoint.name,
             run=str(self.directory),

@@ -32,7 +32,7 @@ class Saves:
     def __init__(self, directory: RunDirectory, run: RunSettings, observer: Observer) -> None:
         self.store = open_store(run.checkpoint.where, directory.path)
         self._saver = Saver(self.store, run.checkpoint)
-        self._observer = observer
+        self._observer, self._run = observer, str(directory)
 
     def found(self) -> Checkpoint | None:
         """The newest checkpoint, every byte of which is what was written.
@@ -43,9 +43,9 @@ class Saves:
         Raises:
             CheckpointError: The newest is damaged.
         """
-        checkpoint = newest(self.store)
+        checkpoint = newest(self.store, self._run)
         if checkpoint is not None:
-            refuse_damaged(checkpoint)
+            refuse_damaged(checkpoint, self._run)
         self.going_on_from(checkpoint)
         if dist.get_rank() == 0:
             for folder in self.store.unfinished():
@@ -90,6 +90,10 @@ class Saves:
         outcome = self._saver.wait()
         self._tell(outcome)
         return outcome
+
+    def close(self) -> None:
+        """Give the save in flight, if there is one, the time to end; the run is over."""
+        self._saver.close()
 
     def _tell(self, outcome: Outcome | None) -> None:
         if outcome is None:

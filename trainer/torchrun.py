@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 from ..errors import RunError
+from .checkpoint.choice import refuse_complete, set_aside_newer
+from .checkpoint.store import open_store
 from .failure import COMPLETE
 from .observe.attempts import attempt_in_environment, ended, launched
 from .observe.summary import render_complete
@@ -24,7 +26,7 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys()
 
 
-def join_torchrun(run: RunSettings, name: str, run_dir: Path) -> int:
+def join_torchrun(run: RunSettings, name: str, run_dir: Path, from_step: int | None = None) -> int:
     """Work as the rank that the environment names; rank 0 creates the folder.
 
     Returns:
@@ -41,12 +43,15 @@ def join_torchrun(run: RunSettings, name: str, run_dir: Path) -> int:
     else:
         directory = _wait_for_rank_0(RunDirectory(run_dir), run)
     if (summary := directory.read_summary()) is not None:
+        refuse_complete(directory, from_step)
         if rank == 0:
             print(render_complete(str(directory), summary), flush=True)
         return COMPLETE
     if rank != 0:
         return _work(directory)
     with directory.lock():
+        if from_step is not None:
+            set_aside_newer(open_store(run.checkpoint.where, directory.path), from_step)
         attempt = launched(directory.events, ranks=world)
         with attempt_in_environment(attempt):
             code = _work(directory)

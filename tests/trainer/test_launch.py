@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,11 +14,106 @@ from longspan.errors import RunError
 from longspan.trainer import launch, run_lock, torchrun
 from longspan.trainer.devices import usable_cores
 from longspan.trainer.failure import LAUNCHER_PID, read_failures, record_failure
-from longspan.trainer.observe.attempts import ATTEMPT
-from longspan.trainer.observe.events import read_events
 from longspan.trainer.run_directory import RunDirectory, create_or_open
-from longspan.trainer.status import read_status, render_status
-from support.obedient import LAUNCHER, WORKER, settings
+from longspan.trainer.settings import RunSettings
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from longspan.errors import DataError
+from longspan.trainer.devices import usable_cores
+from longspan.trainer.failure import die_with_parent, record_failure
+
+def wait():
+    while not stop:
+        time.sleep(0.01)
+
+def save_and_stop():
+    step = run_dir / "checkpoints" / "step-40"
+    step.mkdir(exist_ok=True)
+    (step / "COMMITTED").touch()
+    sys.exit(75)
+
+mode, run_dir = sys.argv[1], Path(sys.argv[2])
+if mode != "outlive":
+    die_with_parent()
+rank, stop = int(os.environ["RANK"]), []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+logs = run_dir / "logs"
+(logs / f"pid-{rank}.new").write_text(str(os.getpid()))
+(logs / f"pid-{rank}.new").rename(logs / f"pid-{rank}")
+print(f"rank {rank} of {os.environ['WORLD_SIZE']} threads {os.environ['OMP_NUM_THREADS']} "
+      f"in {os.getcwd()}", flush=True)
+try:
+    if mode == "clean":
+        sys.exit(0)
+    if mode == "wait":
+        wait()
+        save_and_stop()
+    if mode in ("hang", "outlive"):
+        while True:
+            time.sleep(0.05)
+    if mode == "port" and not (run_dir / "tried").exists():
+        time.sleep(0.3)
+        if rank == 0:
+            (run_dir / "tried").touch()
+            raise RuntimeError("The server socket has failed: errno: 98 - Address already in use")
+        wait()
+        sys.exit(75)
+    if mode == "save-fails":
+        wait()
+        if rank == 1:
+            raise OSError(28, "No space left on device", "step-40/weights")
+        time.sleep(60)
+    while not (logs / "pid-0").exists() or not (logs / "pid-1").exists():
+        time.sleep(0.01)
+    if mode == "user" and rank == 1:
+        raise DataError("corpus.txt is empty", "give a file with text")
+    if mode == "crash" and rank == 1:
+        print("about to divide", flush=True)
+        1 / 0
+    if mode == "silent" and rank == 1:
+        print("last words", flush=True)
+        os._exit(9)
+    if mode == "kill" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "kill":
+        while not stop:
+            time.sleep(0.01)
+        raise RuntimeError("connection closed by peer")
+    if mode in ("user", "crash", "silent"):
+        wait()
+        raise RuntimeError("connection closed by peer")
+except Exception as error:
+    sys.exit(record_failure(run_dir, rank, error))
+"""
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from longspan.trainer import gang, launch
+launch.gpu_count = lambda: 0
+gang._GRACE_S = 1.0
+sys.exit(launch.resume(Path(sys.argv[-1]), sys.argv[1:-1]))
+"""
+
+
+def settings(**changes) -> RunSettings:
+    stage = {
+        "name": "short",
+        "length": 256,
+        "tokens": 8192,
+        "batch_tokens": 1024,
+        "data": {"sources": [{"kind": "python-stdlib"}]},
+    }
+    raw = {
+        "ranks": 2,
+        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
+        "tokenizer": {"kind": "train", "vocab": 512},
+        "tracking": {"wandb": "off"},
+        "stages": [stage],
+    }
+    return RunSettings.model_validate({**raw, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -172,73 +266,6 @@ def test_a_stop_whose_saving_fails_is_an_error(start):
     assert "the disk is full: step-40/weights could not be written" in out
 
 
-def events_of(directory):
-    return [(e["event"], e["attempt"], e.get("how")) for e in read_events(directory.events)]
-
-
-def test_the_launcher_writes_when_it_launched_and_how_that_ended(tmp_path, worker, capfd):
-    directory = RunDirectory(tmp_path / "run")
-    for mode in ("clean", "user", "kill"):
-        launch.train(settings(), "tiny", directory.path, worker(mode))
-        for pid in directory.logs.glob("pid-*"):
-            pid.unlink()
-    hows = ["complete", "failed", "failed"]
-    assert events_of(directory) == [
-        line
-        for attempt, how in enumerate(hows, 1)
-        for line in (("launched", attempt, None), ("ended", attempt, how))
-    ]
-    events = [event for event in read_events(directory.events) if event["event"] == "ended"]
-    assert [event["code"] for event in events] == [0, 2, 1]
-    assert events[1]["reason"] == "corpus.txt is empty"
-    assert "SIGKILL" in events[2]["reason"] and "reason" not in events[0]
-    out = capfd.readouterr().out
-    assert [f"attempt {n}" in out for n in (0, 1, 2, 3, 4)] == [False, True, True, True, False]
-
-
-def test_a_stolen_port_is_an_attempt_of_its_own(tmp_path, worker):
-    launch.train(settings(), "tiny", tmp_path / "run", worker("port"))
-    assert [how for _, _, how in events_of(RunDirectory(tmp_path / "run"))][1::2] == [
-        "failed",
-        "complete",
-    ]
-
-
-def test_status_knows_who_works_on_a_run_and_how_it_was_left(start):
-    process, directory = start("wait")
-    found = read_status(directory)
-    assert found.state == "running" and found.owner.pid == process.pid
-    assert f"running, process {process.pid} on {socket.gethostname()}" in render_status(found)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    found = read_status(directory)
-    assert (found.state, found.owner, found.checkpoint) == ("stopped", None, "step-40")
-    assert f"longspan resume {directory}" in render_status(found)
-
-
-def test_status_of_a_killed_launcher_is_that_nothing_runs(start):
-    process, directory = start("hang")
-    process.kill()
-    process.wait()
-    wait_for(lambda: not alive(directory))
-    found = read_status(directory)
-    assert (found.state, found.owner) == ("lost", None)
-    assert "it ended without a word" in render_status(found)
-
-
-def test_asking_for_the_owner_never_takes_the_lock(tmp_path, monkeypatch):
-    directory = create_or_open(tmp_path / "run", settings(), "tiny")
-    with directory.lock():
-        assert directory.owner().host == socket.gethostname()
-    assert directory.owner() is None  # this process lives, and holds no lock
-    owner = {"pid": 2**22 + 1, "host": socket.gethostname(), "since": 1.0}
-    (directory.path / "run.lock").write_text(json.dumps(owner))
-    monkeypatch.setattr("fcntl.flock", lambda *_: 1 / 0)
-    assert directory.owner() is None
-    (directory.path / "run.lock").write_text('{"pid": ')
-    assert directory.owner() is None
-
-
 def test_a_killed_launcher_leaves_no_worker(start):
     process, directory = start("hang")
     assert len(alive(directory)) == 2
@@ -341,8 +368,6 @@ def test_under_torchrun_each_process_is_a_rank(tmp_path, elastic):
     be(1, 2)
     assert launch.train(settings(), "tiny", tmp_path / "run") == 75
     assert worked == [tmp_path / "run"] * 2
-    lines = [("launched", 1, None), ("ended", 1, "stopped")]
-    assert events_of(RunDirectory(tmp_path / "run")) == lines and ATTEMPT not in os.environ
     with pytest.raises(RunError, match="seed"):
         launch.train(settings(seed=5), "tiny", tmp_path / "run")
 

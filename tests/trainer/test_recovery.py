@@ -9,6 +9,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from longspan.trainer.checkpoint.files import CheckpointFiles
+from longspan.trainer.checkpoint.manifest import read_manifest
 from longspan.trainer.observe.events import read_events
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import merge
@@ -218,6 +220,12 @@ def test_spikes_are_the_same_ones_after_a_crash(run_in, corpus):
     assert len(events(corpus, "skipped", "spikes-crashed")) == 1
 
 
+def test_a_new_stage_compares_with_its_own_steps_only(run_in, corpus):
+    run = settings(corpus, steps=4, stages=2, spike="skip", window=4, sigma=50)
+    assert [end for end, *_ in run_in(run, "stages", bad=[1], factor=1e6)] == [True, True]
+    assert events(corpus, "skipped", "stages") == []
+
+
 # Step 5 is bad, and after it step 6 of the data behind: both go back to the checkpoint at 3.
 TWICE = {"bad": [17, 30]}
 REWOUND = [
@@ -238,7 +246,7 @@ def test_a_rewind_leaves_out_the_data_and_keeps_the_number_of_steps(rewound, cor
     assert events(corpus, "rewound", "rewind") == REWOUND
     starts = [0, 4, 8, 32, 36, 40, 44, 48]
     assert first_sequences(result) == dict(enumerate(starts))
-    names = sorted(path.name for path in (corpus / "rewind" / "checkpoints").iterdir())
+    names = sorted(path.name for path in (corpus / "rewind" / "checkpoints").glob("step-*"))
     assert names == ["step-00000006", "step-00000008"]
 
 
@@ -267,8 +275,10 @@ def test_a_rewind_goes_back_further_but_not_into_the_stage_before(run_in, corpus
     found = [(e["from"], e["to"], e["sequences"]) for e in events(corpus, "rewound", "back")]
     # At step 4 of each stage: one checkpoint in it, and before the second one another.
     assert found == [(4, 2, 8), (8, 4, 16)]
-    names = sorted(path.name for path in (corpus / "back" / "checkpoints").iterdir())
-    assert names == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+    paths = sorted((corpus / "back" / "checkpoints").glob("step-*"))
+    cursors = [read_manifest(CheckpointFiles.of(path)).cursor for path in paths]
+    # The one at 6 is a new one: the old one was removed.
+    assert [(c.step, c.next_sample) for c in cursors] == [(2, 8), (4, 24), (6, 24), (8, 32)]
 
 
 def test_the_run_ends_after_too_many_rewinds(run_in, corpus):

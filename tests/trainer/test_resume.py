@@ -12,6 +12,8 @@ from unittest.mock import patch
 import pytest
 from longspan.errors import LongspanError
 from longspan.trainer.observe.sink import Sink
+from longspan.trainer.rewinds import Rewind, write_rewinds
+from longspan.trainer.run_directory import RunDirectory
 from longspan.trainer.settings import RunSettings
 from support.tiny import LENGTH, SEQUENCES, tiny_run
 
@@ -41,7 +43,7 @@ def attempt(run: RunSettings, folder: Path, stop_at=None, exactness=None, thread
     from longspan.trainer.exactness import allow
     from longspan.trainer.loop import Run
     from longspan.trainer.observe.observer import Observer
-    from longspan.trainer.run_directory import RunDirectory, create_or_open
+    from longspan.trainer.run_directory import create_or_open
     from longspan.trainer.stopping import StopRequest
 
     seen, stop, error = Attempt({}, [], [], ""), StopRequest(), ""
@@ -178,6 +180,15 @@ def test_other_documents_are_refused_and_the_same_ones_elsewhere_are_not(worlds,
     promise = newest_state(tmp_path / "run")["exactness"]
     assert (promise["declared"], promise["level"]) == ("E2", "E0")
     assert json.loads((tmp_path / "run" / "complete.json").read_text())["exactness"] == promise
+
+
+def test_data_left_out_by_a_rewind_are_not_other_data(worlds, tmp_path):
+    run, folder = settings(tmp_path), tmp_path / "run"
+    worlds(1).run(attempt, run, folder, 1)
+    write_rewinds(RunDirectory(folder).rewinds, [Rewind(3, 2, 0, 3 * SEQUENCES, SEQUENCES)])
+    (gone,) = worlds(1).run(attempt, run, folder)
+    assert not gone.error and "exactness E2" in gone.resumed
+    assert min(gone.samples)[0] == 3 * SEQUENCES and min(gone.losses) == 3
 
 
 def test_where_no_checkpoint_is_nothing_falls(worlds, tmp_path):

@@ -41,21 +41,28 @@ class Checkpoint:
         return self.manifest.cursor
 
 
-def newest(store: Store) -> Checkpoint | None:
+def newest(store: Store, run: str = "RUN_DIR") -> Checkpoint | None:
     """The newest committed checkpoint; rank 0 chooses for all ranks.
+
+    Args:
+        store: The place of the checkpoints.
+        run: The run's folder as a user would type it.
 
     Raises:
         CheckpointError: On all ranks: the store cannot be read, or that checkpoint's manifest.
     """
-    return chosen(store, lambda names: names[-1] if names else None)
+    return chosen(store, lambda names: names[-1] if names else None, run)
 
 
-def chosen(store: Store, choose: Callable[[list[str]], str | None]) -> Checkpoint | None:
+def chosen(
+    store: Store, choose: Callable[[list[str]], str | None], run: str = "RUN_DIR"
+) -> Checkpoint | None:
     """The checkpoint that rank 0 chooses for all ranks.
 
     Args:
         store: The place of the checkpoints.
         choose: Of the names of the committed ones, the oldest first.
+        run: As of `newest`.
 
     Raises:
         CheckpointError: As of `newest`.
@@ -67,7 +74,7 @@ def chosen(store: Store, choose: Callable[[list[str]], str | None]) -> Checkpoin
             if name is not None:
                 found = [(name, read_manifest(CheckpointFiles(store, name)), None)]
         except CheckpointError as error:
-            found = [(None, None, _with_offer(store, error.what, error.fix))]
+            found = [(None, None, _with_offer(store, run, error.what, error.fix))]
     dist.broadcast_object_list(found)
     if found[0] is None:
         return None
@@ -77,8 +84,12 @@ def chosen(store: Store, choose: Callable[[list[str]], str | None]) -> Checkpoin
     return Checkpoint(CheckpointFiles(store, name), manifest)
 
 
-def refuse_damaged(checkpoint: Checkpoint) -> None:
+def refuse_damaged(checkpoint: Checkpoint, run: str = "RUN_DIR") -> None:
     """Read every byte of a checkpoint, each rank other files, before any of it is believed.
+
+    Args:
+        checkpoint: The run is about to go on from it.
+        run: As of `newest`.
 
     Raises:
         CheckpointError: On all ranks: it is not what was written. Names the newest that is.
@@ -93,7 +104,7 @@ def refuse_damaged(checkpoint: Checkpoint) -> None:
     offer: list[Any] = [None]
     if share[0] == 0:
         what = f"checkpoint {files} is damaged: {found[0]}{more}"
-        offer = [_with_offer(files.store, what, "")]
+        offer = [_with_offer(files.store, run, what, "")]
     dist.broadcast_object_list(offer)
     raise CheckpointError(*offer[0])
 
@@ -125,7 +136,7 @@ def refuse_other_rope(checkpoint: Checkpoint, rope: RopeSettings) -> None:
         )
 
 
-def _with_offer(store: Store, what: str, fix: str) -> tuple[str, str]:
+def _with_offer(store: Store, run: str, what: str, fix: str) -> tuple[str, str]:
     """An error, and the newest intact checkpoint as the way out."""
     try:
         intact = newest_intact(store)
@@ -135,6 +146,6 @@ def _with_offer(store: Store, what: str, fix: str) -> tuple[str, str]:
         return f"{what}; no other checkpoint of the run is intact", fix or "start the run again"
     step = step_of(intact)
     return what, (
-        f"the newest intact checkpoint is that of step {step}: `longspan resume RUN_DIR --from "
+        f"the newest intact checkpoint is that of step {step}: `longspan resume {run} --from "
         f"{step}` goes on from it and keeps the newer ones aside"
     )

@@ -84,7 +84,7 @@ def read_manifest(files: CheckpointFiles) -> Manifest:
     try:
         raw: dict[str, Any] = json.loads(text)
         form, made = raw.pop("format"), raw.pop("longspan", "unknown")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{MANIFEST} of checkpoint {files} cannot be read: {error!r}", _OTHERS
         ) from error

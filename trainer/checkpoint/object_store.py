@@ -213,7 +213,7 @@ def _connect(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        return fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+        return fsspec.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise RunError(
             f"checkpoints at {redacted(url)} need a package that is missing: {error.name or error}",

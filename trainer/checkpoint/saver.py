@@ -31,6 +31,7 @@ from .store import Store
 _TIMEOUT = timedelta(hours=2)
 _BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
+_CLOSE_S = 8.0  # less than a launcher waits for the other ranks
 _WITNESS = 2**16
 _Failure = tuple[str, str]
 """What went wrong, and what to do about it."""
@@ -173,6 +174,11 @@ class Saver:
             ages[step] = _age(CheckpointFiles(self.store, name))
         for step in expendable(ages, self.settings, reread=True):
             self.store.remove(names[step])
+
+    def close(self) -> None:
+        """Give the save in flight some seconds: a run that failed loses less."""
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join(_CLOSE_S)
 
     def _work(self, job: _Job) -> None:
         """Try until a checkpoint is complete, or the tries are used up."""

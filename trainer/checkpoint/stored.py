@@ -14,7 +14,8 @@ from .shard import KINDS
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 _BYTES = 4
-_VOCAB = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCAB = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Parameters whose rows layouts pad differently."""
 
 
 class StoredState:
@@ -88,7 +89,7 @@ class StoredState:
 
     def _refuse_shape(self, name: str, shape: tuple[int, ...]) -> None:
         stored = self.parameter(name).shape
-        padded = name in _VOCAB and stored[1:] == shape[1:]
+        padded = name in VOCAB and stored[1:] == shape[1:]
         if stored != shape and not padded:
             raise CheckpointError(
                 f"{name} in checkpoint {self.files} has the shape {list(stored)}, "

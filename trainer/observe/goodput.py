@@ -9,7 +9,6 @@ passes until it has caught up.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -263,9 +262,8 @@ def _ticks(seconds: Any) -> int:
     """A number of seconds from a file, whatever stands there."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return 0
-    if not math.isfinite(seconds) or not 0 < seconds < _MOST_S:
-        return 0
-    return round(seconds * _TICKS)
+    # Not for a number that is none, either.
+    return round(seconds * _TICKS) if 0 < seconds < _MOST_S else 0
 
 
 def _whole(value: Any) -> int:

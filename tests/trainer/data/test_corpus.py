@@ -143,6 +143,20 @@ def test_a_second_start_tokenises_nothing_and_a_changed_source_does(tmp_path):
     assert changed.train.lengths.sum() > first.train.lengths.sum()
 
 
+def test_content_is_of_the_training_tokens_and_not_of_their_files(tmp_path):
+    texts, cache = some_texts(60), tmp_path / "cache"
+    first = prepare(data_of(tmp_path, texts), cache)
+    fixed = LocalTokenizer(kind="hf", path=str(first.tokenizer_path))
+    given = [texts, texts[::-1], [*texts, "the lazy fox 61"], texts[:-1]]
+    found = []
+    for number, changed in enumerate(given):
+        found.append(prepare(data_of(tmp_path, changed, f"{number}.jsonl"), cache, fixed))
+    assert found[0].content == first.content and found[0].tokenizer_key == first.tokenizer_key
+    with no_encoding():
+        assert prepare(data_of(tmp_path, texts, "0.jsonl"), cache, fixed).content == first.content
+    assert len({corpus.content for corpus in found}) == len(given)
+
+
 def test_a_local_tokenizer(tmp_path):
     data = data_of(tmp_path, some_texts(60))
     trained = prepare(data, tmp_path / "cache")

@@ -100,3 +100,17 @@ def test_pack_once_pads_only_the_end():
     filled = [sum(piece.length for piece in pieces) for pieces in once]
     assert filled[:-1] == [50] * (len(once) - 1)
     assert filled[-1] == int(lengths.sum()) - 50 * (len(once) - 1)
+
+
+def test_a_digest_knows_the_order_and_not_how_it_was_asked_for():
+    def packed(seed=1, lengths=None):
+        lengths = some_lengths(300) if lengths is None else lengths
+        return Packing(lengths, 64, seed=seed, stage="s", sequences=100)
+
+    stepwise, at_once = packed(), packed()
+    assert [stepwise.digest(n) for n in (0, 10, 40)][-1] == at_once.digest(40)
+    assert stepwise.digest(10) == packed().digest(10) != at_once.digest(40)
+    assert at_once.digest(40) != packed(seed=2).digest(40)
+    longer = some_lengths(300)
+    longer[int(at_once[3][0].document)] += 1
+    assert at_once.digest(40) != packed(lengths=longer).digest(40)

@@ -17,7 +17,10 @@ LAYOUTS = {
 }
 MOE = {"experts": 4, "top_k": 2}
 MOE_LAYOUTS = {
-    **LAYOUTS,
+    "one_rank": (1, {}),
+    "dp2": (2, {}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
     "ep2": (2, {"expert": 2}),
     "cp2_ep2": (2, {"context": 2, "expert": 2}),
     "tp2_sp_ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}),

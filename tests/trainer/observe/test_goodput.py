@@ -65,6 +65,8 @@ def test_a_straight_run_is_productive_but_for_what_it_says():
 def test_steps_after_the_checkpoint_that_was_restored_are_lost():
     story = started().steps(1, 7).then(0.5, "ended", code=1, how="failed", reason="rank 1 died")
     story.launch(after=60.0).then(3.0, "restored", step=4, seconds=1.5).then(1.0, "stage_started")
+    so_far = {"productive": 4.0, "recomputed": 3.5}
+    assert so_far.items() <= story.buckets().items()  # lost at once, not only when trained again
     story.steps(5, 9).then(0.0, "finished")
     assert story.buckets() == {
         "start_up": 5.0 + 2.5,
@@ -160,8 +162,8 @@ def test_so_far_counts_up_to_now(tmp_path):
     log.write("stage_started")
     time.sleep(0.2)
     found = goodput_so_far(log.path)
-    assert found.seconds["other"] == pytest.approx(found.wall_s, abs=0.05)
-    assert 0.2 <= found.wall_s < 5 and len(found.attempts) == 1
+    assert 0.2 <= found.seconds["other"] <= found.wall_s and len(found.attempts) == 1
+    assert found.wall_s == pytest.approx(sum(found.seconds[name] for name in ("other", "start_up")))
 
 
 NAMES = ["queued", "launched", "run_started", "restored", "stage_started", "canary", "step"]
@@ -190,7 +192,7 @@ def streams(draw):
     return events
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(streams(), st.booleans())
 def test_buckets_are_never_negative_and_add_up_to_the_wall(events, running):
     found = measure_goodput(events, running)
