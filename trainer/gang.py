@@ -62,6 +62,8 @@ class Gang:
         command: The command of one rank, without its argument.
         attempt: The number of this launch of the run.
         grace: Seconds that the ranks have to save once they are asked to stop.
+        held: Open files that the ranks inherit: the lock of the run, which none of them may leave
+            to another launch while it can still write.
     """
 
     directory: RunDirectory
@@ -69,6 +71,7 @@ class Gang:
     command: Sequence[str]
     attempt: int = 1
     grace: float = math.inf
+    held: Sequence[int] = ()
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _signals: int = 0
     _save_asked: bool = False
@@ -132,6 +135,7 @@ class Gang:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=self.held,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

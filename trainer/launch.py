@@ -115,7 +115,7 @@ def _go_on(
         refuse_complete(directory, from_step)
         print(render_complete(str(directory), summary), flush=True)
         return COMPLETE
-    with directory.lock():
+    with directory.lock() as lock:
         store = open_store(run.checkpoint.where, directory.path)
         if from_step is not None:
             set_aside_newer(store, from_step)
@@ -128,7 +128,7 @@ def _go_on(
             clear_failures(directory.path)
             ranks = local_ranks(run)
             attempt = launched(directory.events, ranks=ranks)
-            gang = Gang(directory, ranks, command, attempt, run.recovery.grace)
+            gang = Gang(directory, ranks, command, attempt, run.recovery.grace, (lock,))
             code = gang.run()
             failure = gang.failure()
             ended(directory.events, attempt, code, failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -11,12 +10,11 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -25,14 +23,13 @@ from .. import __version__
 from ..errors import RunError
 from ..redact import redact
 from .changes import changes
+from .run_lock import Owner, holder, run_lock
 from .settings import RunSettings
 
 _FOLDERS = ("logs", "checkpoints", "evaluations")
 _LOCK = "run.lock"
 _TEMPORARY = ".writing"
 _PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "pyarrow", "wandb")
-# What a file system says that has no locks (some network mounts): the lock is advisory.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def settings_hash(run: RunSettings) -> str:
@@ -49,21 +46,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The process that holds a run's lock.
-
-    Attributes:
-        pid: Its number on `host`.
-        host: Its machine.
-        since: When it took the lock, in unix seconds.
-    """
-
-    pid: int
-    host: str
-    since: float
 
 
 class RunDirectory:
@@ -191,59 +173,12 @@ class RunDirectory:
         return None if newest is None else int(newest.name[5:])
 
     def owner(self) -> Owner | None:
-        """Who works on the run now, by its lock; None when nobody does. Changes nothing.
+        """See `holder`."""
+        return holder(self.path / _LOCK)
 
-        Where a lock cannot be tested, a process of this machine that is alive counts.
-        """
-        path = self.path / _LOCK
-        found = _read_object(path) or {}
-        try:
-            owner = Owner(int(found["pid"]), str(found["host"]), float(found["since"]))
-        except (KeyError, TypeError, ValueError):
-            return None
-        # A lock that nobody holds is not taken, even for a moment, where a launch could meet it.
-        if owner.host == socket.gethostname() and not _is_alive(owner.pid):
-            return None
-        try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return owner
-        except OSError as error:
-            return owner if error.errno in _NO_LOCKS else None
-        return None
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other launches off this folder until the block ends or this process dies.
-
-        Raises:
-            RunError: Another live process holds it.
-        """
-        with _open_lock(self) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise self._in_use(file) from None
-            file.seek(0)
-            file.truncate()
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-            file.write(json.dumps(owner) + "\n")
-            file.flush()
-            yield
-
-    def _in_use(self, file: IO[str]) -> RunError:
-        try:
-            file.seek(0)
-            owner = json.loads(file.read())
-            who = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
-        return RunError(
-            f"{self} is in use by {who}",
-            "wait for it or stop it (Ctrl-C there saves first), or give another --run-dir",
-        )
+    def lock(self) -> AbstractContextManager[int]:
+        """See `run_lock`."""
+        return run_lock(self.path / _LOCK, str(self))
 
 
 def create_or_open(path: Path, run: RunSettings, name: str) -> RunDirectory:
@@ -342,24 +277,6 @@ def _refuse_foreign(directory: RunDirectory) -> None:
             f"{directory} is not empty and holds no run (it has {shown})",
             "give another --run-dir",
         )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
-
-
-def _open_lock(directory: RunDirectory) -> IO[str]:
-    try:
-        return (directory.path / _LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        fix = "check the folder's owner and permissions, or give another --run-dir"
-        raise RunError(f"{directory} cannot be locked: {error.strerror or error}", fix) from error
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

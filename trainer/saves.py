@@ -37,7 +37,8 @@ class Saves:
     def found(self) -> Checkpoint | None:
         """The newest checkpoint, every byte of which is what was written.
 
-        What an attempt left half-written that was killed is removed.
+        What an attempt that was killed left half-written is removed, and what it did not come to
+        remove.
 
         Raises:
             CheckpointError: The newest is damaged.
@@ -49,6 +50,8 @@ class Saves:
         if dist.get_rank() == 0:
             for folder in self.store.unfinished():
                 self.store.remove(folder)
+            if checkpoint is not None:
+                self._saver.prune()
         return checkpoint
 
     def newest(self) -> Checkpoint | None:

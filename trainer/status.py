@@ -15,7 +15,8 @@ from .observe.events import read_events
 from .observe.goodput import BUCKETS, Goodput, measure_goodput
 from .observe.summary import goodput_line, table
 from .observe.terminal import duration
-from .run_directory import Owner, RunDirectory
+from .run_directory import RunDirectory
+from .run_lock import Owner
 
 _STATES = {
     "new": "not started",

@@ -98,8 +98,8 @@ class Tracer:
         self.role = "launcher" if slot == 0 else f"rank {slot - 1}"
         self.roots = [(root.name, os.path.realpath(root)) for root in roots]
         self.phase = ""
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.RLock()
+        self._counts: Counter[Point] = Counter()
+        self._lock = threading.RLock()  # a signal may come in between
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         self._trace = os.open(control / f"trace-{slot}.jsonl", flags, 0o644)
         self._pids = Pids(control / "pids")
@@ -123,29 +123,23 @@ class Tracer:
                 return at
         return None
 
-    def reach(self, what: str) -> tuple[str, int]:
-        """A point comes up. Returns its label and how often it has."""
+    def reach(self, what: str) -> str:
+        """An operation comes up. Returns its label."""
         label = f"{self.phase}{_where()}: {what}"
-        with self._lock:
-            self._counts[label] += 1
-            count = self._counts[label]
-        self.note(label, count, BEFORE)
-        if self.is_at(label, count, BEFORE):
+        if self.is_fault(label, BEFORE):
             self.strike()
-        return label, count
+        return label
 
-    def is_at(self, label: str, count: int, when: str) -> bool:
-        """Whether the fault is here."""
-        fault = self.fault
-        return fault is not None and (fault.point, fault.nth) == (
-            Point(self.role, label, when),
-            count,
-        )
-
-    def note(self, label: str, count: int, when: str) -> None:
-        """Write down that a point was reached."""
-        line = {**asdict(Point(self.role, label, when)), "count": count, "time": time.monotonic()}
+    def is_fault(self, label: str, when: str) -> bool:
+        """Whether this is the fault; the point is counted and written down."""
+        point = Point(self.role, label, when)
+        with self._lock:
+            self._counts[point] += 1
+            count = self._counts[point]
+        line = {**asdict(point), "count": count, "time": time.monotonic()}
         _real_write(self._trace, json.dumps(line).encode() + b"\n")
+        fault = self.fault
+        return fault is not None and (fault.point, fault.nth) == (point, count)
 
     def strike(self) -> None:
         """Kill the victims; returns only where this process is none of them."""
@@ -236,10 +230,8 @@ def _on_audit(event: str, args: tuple) -> None:
 def _told_after(tracer: Tracer, name: str, real, *args, **kwargs):
     _here.last = None
     done = real(*args, **kwargs)
-    if (last := _here.last) is not None:
-        tracer.note(*last, AFTER)
-        if tracer.is_at(*last, AFTER):
-            tracer.strike()
+    if _here.last is not None and tracer.is_fault(_here.last, AFTER):
+        tracer.strike()
     return done
 
 
@@ -270,10 +262,8 @@ class _halfway:
 
     def __init__(self, tracer: Tracer, what: str, size: int) -> None:
         self.tracer, self.size = tracer, size
-        self.label, self.count = tracer.reach(what)
-        if size > 1:
-            tracer.note(self.label, self.count, HALF)
-        self.strikes = size > 1 and tracer.is_at(self.label, self.count, HALF)
+        label = tracer.reach(what)
+        self.strikes = size > 1 and tracer.is_fault(label, HALF)
 
     def __enter__(self) -> int:
         return self.size // 2 if self.strikes else self.size

@@ -1,6 +1,7 @@
 """Ranks are started, stopped and mourned together; the worker here is a script that obeys."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from longspan.errors import RunError
-from longspan.trainer import launch, torchrun
+from longspan.trainer import launch, run_lock, torchrun
 from longspan.trainer.devices import usable_cores
 from longspan.trainer.failure import LAUNCHER_PID, read_failures, record_failure
 from longspan.trainer.run_directory import RunDirectory, create_or_open
@@ -33,8 +34,9 @@ def save_and_stop():
     (step / "COMMITTED").touch()
     sys.exit(75)
 
-die_with_parent()
 mode, run_dir = sys.argv[1], Path(sys.argv[2])
+if mode != "outlive":
+    die_with_parent()
 rank, stop = int(os.environ["RANK"]), []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 logs = run_dir / "logs"
@@ -48,7 +50,7 @@ try:
     if mode == "wait":
         wait()
         save_and_stop()
-    if mode == "hang":
+    if mode in ("hang", "outlive"):
         while True:
             time.sleep(0.05)
     if mode == "port" and not (run_dir / "tried").exists():
@@ -269,6 +271,21 @@ def test_a_killed_launcher_leaves_no_worker(start):
     assert len(alive(directory)) == 2
     process.kill()
     wait_for(lambda: not alive(directory))
+
+
+def test_ranks_that_outlive_their_launcher_keep_others_off(start, worker, monkeypatch):
+    monkeypatch.setattr(run_lock, "_ENDING_S", 0.3)
+    process, directory = start("outlive")
+    process.kill()
+    process.wait()
+    try:
+        with pytest.raises(RunError, match=f"in use by ranks of process {process.pid} on "):
+            launch.train(settings(), "tiny", directory.path, worker("clean"))
+    finally:
+        for pid in alive(directory):
+            os.kill(pid, signal.SIGKILL)
+    monkeypatch.setattr(run_lock, "_ENDING_S", 30)
+    assert launch.train(settings(), "tiny", directory.path, worker("clean")) == 0
 
 
 def test_two_launches_do_not_share_a_directory(start, worker):

@@ -166,6 +166,15 @@ class Saver:
             )
         return outcome
 
+    def prune(self) -> None:
+        """Remove what may go, now that the newest was read again; rank 0 only."""
+        ages: dict[int, float | None] = {}
+        names = {step_of(name): name for name in self.store.committed()}
+        for step, name in names.items():
+            ages[step] = _age(CheckpointFiles(self.store, name))
+        for step in expendable(ages, self.settings, reread=True):
+            self.store.remove(names[step])
+
     def close(self) -> None:
         """Give the save in flight some seconds: a run that failed loses less."""
         if self._job is not None and self._job.thread is not None:
@@ -205,7 +214,7 @@ class Saver:
         if failure is not None:
             self._first_rank(lambda: self.store.set_aside(name))
             return None, failure, ""
-        _, problem = self._first_rank(self._prune)
+        _, problem = self._first_rank(self.prune)
         return name, None, "" if problem is None else problem[0]
 
     def _begin(self, job: _Job) -> str:
@@ -253,15 +262,6 @@ class Saver:
             raise CheckpointError(
                 f"checkpoint {files} was read again, and {found}", "look at the disk"
             )
-
-    def _prune(self) -> None:
-        """Remove what may go, now that the newest was read again."""
-        ages: dict[int, float | None] = {}
-        names = {step_of(name): name for name in self.store.committed()}
-        for step, name in names.items():
-            ages[step] = _age(CheckpointFiles(self.store, name))
-        for step in expendable(ages, self.settings, reread=True):
-            self.store.remove(names[step])
 
     def _first_rank(self, work: Callable[[], Any]) -> tuple[Any, _Failure | None]:
         """What rank 0 did, on all ranks: its result, or why it failed."""
