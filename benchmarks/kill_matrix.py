@@ -23,9 +23,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.kills import Case, Kills, as_row
+from support.kills import STORE, Case, Kills, as_row
 
 BIT_EQUAL = "bit-equal"
+
+
+def every_case(folder: Path) -> list[tuple[Kills, Case]]:
+    """The cases of a run with its checkpoints in its folder, and what is new with them outside."""
+    (folder / "inside").mkdir()
+    (folder / "outside").mkdir()
+    inside, outside = Kills(folder / "inside"), Kills(folder / "outside", outside=True)
+    cases = [(inside, case) for case in inside.cases()]
+    known = {case.fault.point.label for _, case in cases}
+    twins = {label.replace("run/checkpoints", STORE) for label in known}
+    return cases + [(outside, case) for case in outside.cases(known | twins)]
 
 
 def survive(kills: Kills, case: Case) -> dict[str, Any]:
@@ -48,15 +59,15 @@ def main() -> int:
     args = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        kills = Kills(Path(folder))
-        cases = [case for case in kills.cases() if args.only in str(case)]
+        cases = [case for case in every_case(Path(folder)) if args.only in str(case[1])]
         if args.sample is not None:
             cases = random.Random(0).sample(cases, min(args.sample, len(cases)))
         rows = []
-        for number, case in enumerate(cases):
+        for number, (kills, case) in enumerate(cases):
             rows.append(survive(kills, case))
             print(f"{number + 1}/{len(cases)} {rows[-1]['outcome'][:60]}: {case}", flush=True)
-        kills.close()
+        for kills in {kills for kills, _ in cases}:
+            kills.close()
     packages = "torch", "megatron-core"
     equal = sum(row["outcome"] == BIT_EQUAL for row in rows)
     result = {

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -180,12 +181,11 @@ def install() -> None:
     sys.addaudithook(_on_audit)
     for name in ("rename", "replace", "remove", "unlink", "mkdir", "rmdir", "link", "symlink"):
         _wrap(name, _told_after)
-    for name in ("fsync", "fdatasync", "copy_file_range"):
+    for name in ("fsync", "fdatasync", "writev", "pwritev"):
         _wrap(name, _told_before)
     for name in ("write", "pwrite"):
         _wrap(name, _written)
-    for name in ("writev", "pwritev"):
-        _wrap(name, _told_before)
+    _wrap("copy_file_range", _copied)
     _wrap("sendfile", _sent)
     io.open = open_traced
     __builtins__["open"] = open_traced  # type: ignore
@@ -239,6 +239,12 @@ def _told_before(tracer: Tracer, name: str, real, descriptor, *args, **kwargs):
     if (file := tracer.name(_number(descriptor))) is not None:
         tracer.reach(f"{name} {file}")
     return real(descriptor, *args, **kwargs)
+
+
+def _copied(tracer: Tracer, name: str, real, source: int, target: int, *args, **kwargs):
+    if (file := tracer.name(target)) is not None:
+        tracer.reach(f"{name} {file}")
+    return real(source, target, *args, **kwargs)
 
 
 def _written(tracer: Tracer, name: str, real, descriptor: int, data, *args):
@@ -334,23 +340,25 @@ def read_trace(control: Path) -> tuple[Counter[Point], bool]:
     entries, struck = [], False
     for path in sorted(control.glob("trace-*.jsonl")):
         for line in path.read_text().splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
             struck = struck or "struck" in entry
             if "struck" not in entry:
                 entries.append(entry)
     entries.sort(key=lambda entry: entry["time"])
-    points: Counter[Point] = Counter()
-    for entry in entries:
-        points[Point(entry["role"], entry["label"], entry["when"])] += 1
-    return points, struck
+    return Counter(Point(e["role"], e["label"], e["when"]) for e in entries), struck
 
 
-def unseen_files(root: Path, points: Counter[Point]) -> list[str]:
+def unseen_files(root: Path, points: Iterable[Point]) -> list[str]:
     """Files that are there though no point names them: C code wrote them by itself."""
-    said = {word for point in points for word in point.label.split()}
+    labels = [point.label for point in points]
+    seen = {word for label in labels for word in label.split()}
+    for source, target in (label.split()[-3::2] for label in labels if " -> " in label):
+        # A file that was written elsewhere came by a rename of its folder.
+        seen |= {target + name[len(source) :] for name in seen if name.startswith(source + "/")}
     names = [f"{root.name}/{path.relative_to(root)}" for path in root.rglob("*") if path.is_file()]
     for varying, instead in _VARYING:
         names = [varying.sub(instead, name) for name in names]
-    # A file that was written elsewhere came by a rename of its folder.
-    parts = {word.rsplit("/", 1)[-1] for word in said}
-    return sorted(name for name in names if name.rsplit("/", 1)[-1] not in parts)
+    return sorted(set(names) - seen)

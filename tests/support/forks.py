@@ -70,7 +70,7 @@ class Launch:
 
 
 class Forks:
-    """A fork server: one launch at a time.
+    """A fork server: one launch at a time, the first when it has imported all that is needed.
 
     Args:
         environment: Of the launchers.
@@ -85,10 +85,12 @@ class Forks:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
-        self._answer(120)
+        self._ready, self._launcher = False, 0
 
     def start(self, launch: Launch) -> Pids:
         """Start a launcher; the processes that it starts show in the result."""
+        if not self._ready:
+            self._ready = self._answer(240) == 0
         launch.control.mkdir(parents=True, exist_ok=True)
         for trace in launch.control.glob("trace-*.jsonl"):
             trace.unlink()
@@ -96,18 +98,24 @@ class Forks:
         pids.clear()
         assert self._process.stdin is not None
         self._process.stdin.write(launch.to_json().encode() + b"\n")
-        pids[0] = self._answer(10)
+        pids[0] = self._answer(60)
+        self._launcher = pids[0]
         return pids
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float) -> int:
         """The exit code of the launcher, negative for a signal.
 
         Raises:
-            TimeoutError: It is still at work.
+            TimeoutError: It takes too long, and was killed.
         """
-        return self._answer(seconds)
+        try:
+            return self._answer(seconds)
+        except TimeoutError:
+            os.kill(self._launcher, signal.SIGKILL)
+            self._answer(60)
+            raise
 
-    def run(self, launch: Launch, seconds: float = 60) -> int:
+    def run(self, launch: Launch, seconds: float) -> int:
         """Start a launcher and wait for it."""
         self.start(launch)
         return self.wait(seconds)
@@ -121,8 +129,10 @@ class Forks:
         answers = self._process.stdout
         assert answers is not None
         if not select.select([answers], [], [], seconds)[0]:
-            raise TimeoutError(f"no answer from the fork server within {seconds:.0f} s")
-        return int(answers.readline())
+            raise TimeoutError(f"a launch took longer than {seconds:.0f} s")
+        answer = answers.readline()
+        assert answer, "the fork server has ended; its stderr says why"
+        return int(answer)
 
 
 def serve() -> None:

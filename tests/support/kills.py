@@ -7,23 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
-from longspan.errors import CheckpointError
-from longspan.trainer.checkpoint.files import CheckpointFiles
-from longspan.trainer.checkpoint.manifest import damages, read_manifest
-from longspan.trainer.checkpoint.stored import Kind, StoredState
 from longspan.trainer.observe.events import read_events
-from longspan.trainer.run_directory import RunDirectory
 from support.faults import ALL, HALF, LAUNCHER, ONE, OTHER, Fault, Pids, Point, read_trace
 from support.forks import STARTING, Forks, Launch
-from torch import Tensor
+from support.unkilled import Reference, newest_step
 
+STORE = "store"
 _SPAWNED = """
 import json, sys
 from pathlib import Path
@@ -69,81 +64,6 @@ def tiny_settings(texts: Path, steps: int, every: int) -> dict[str, Any]:
     }
 
 
-def content(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights, moments and counts of updates, whole, whatever the layout was.
-
-    Raises:
-        AssertionError: The checkpoint is not what was written.
-    """
-    files = CheckpointFiles.of(checkpoint)
-    try:
-        found = damages(files, read_manifest(files))
-        assert not found, f"{checkpoint.name} is not intact: {found}"
-        state = StoredState(files)
-        counts = {name: torch.tensor(count) for name, count in state.index.steps.items()}
-        whole = {f"{kind} {n}": state.full(n, kind) for n in counts for kind in get_args(Kind)}
-    except CheckpointError as error:
-        raise AssertionError(f"{checkpoint.name} is not intact: {error}") from error
-    return whole | counts
-
-
-def newest_step(run_dir: Path) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
-    return RunDirectory(run_dir).newest_checkpoint_step() or 0
-
-
-def steps_of(run_dir: Path, *more: str) -> list[dict[str, Any]]:
-    """The steps that a run tells of, repeated ones included, without what a clock decides."""
-    kept = ("step", "stage", "stage_step", "tokens", "loss", "grad_norm", "lr", "attempt", *more)
-    events = read_events(run_dir / "events.jsonl")
-    return [{name: e[name] for name in kept} for e in events if e["event"] == "step"]
-
-
-class Reference:
-    """An unkilled run that kept all of its checkpoints.
-
-    Attributes:
-        steps: What its steps told.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        folders = RunDirectory(run_dir).checkpoints.glob("step-*")
-        self._folders = {int(folder.name[5:]): folder for folder in folders}
-        self.steps = {told["step"]: told for told in steps_of(run_dir)}
-
-    def assert_same_content(self, run_dir: Path) -> None:
-        """The newest checkpoint is intact: bit by bit that of the unkilled run at its step."""
-        newest = RunDirectory(run_dir).newest_checkpoint()
-        if newest is None:
-            return
-        found, wanted = map(content, (newest, self._folders[int(newest.name[5:])]))
-        assert found.keys() == wanted.keys()
-        different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-        assert not different, f"{newest.name} has other values in {different}"
-
-    def assert_history(self, run_dir: Path, every: int) -> int:
-        """All attempts together made each step, each time alike, and lost no more than they may.
-
-        Returns:
-            The most steps that one kill cost.
-        """
-        told, lost, newest = steps_of(run_dir), 0, 0
-        for before, now in zip([None, *told], told, strict=False):
-            same = before is not None and before["attempt"] == now["attempt"]
-            if same:
-                assert now["step"] == newest + 1, f"step {now['step']} follows {newest}"
-            else:
-                assert 1 <= now["step"] <= newest + 1, f"{now['step']} after {newest}: skipped"
-                lost = max(lost, newest - now["step"] + 1)
-            newest = now["step"]
-            wanted = {**self.steps[newest], "attempt": now["attempt"]}
-            assert now == wanted, f"step {newest} was another one: {now}, not {wanted}"
-        assert newest == max(self.steps), f"the run ends at step {newest}"
-        # The interval, and a save that is still in flight when the next one is due.
-        assert lost <= 2 * every, f"{lost} steps were lost"
-        return lost
-
-
 @dataclass(frozen=True)
 class Case:
     """A kill: where, who, and whether it comes to a run that was killed in a save before."""
@@ -180,11 +100,15 @@ class Kills:
         folder: An empty one.
         steps: Of a run, over two stages.
         every: Steps between checkpoints.
+        outside: Keep checkpoints beside the run's folder, not in it.
     """
 
-    def __init__(self, folder: Path, steps: int = 6, every: int = 2) -> None:
+    def __init__(self, folder: Path, steps: int = 6, every: int = 2, outside: bool = False) -> None:
         self.folder, self.steps, self.every = folder, steps, every
         self.settings = tiny_settings(folder / "texts", steps, every)
+        if outside:
+            self.settings["checkpoint"]["where"] = f"../{STORE}"
+        self.patience_s = 180.0 + steps
         self.environment = environment(folder / "cache")
         self.forks = Forks(self.environment)
 
@@ -192,7 +116,8 @@ class Kills:
     def reference(self) -> Reference:
         """The unkilled run, by processes that are spawned and not forked."""
         run_dir = self.folder / "reference" / "run"
-        settings = {**self.settings, "checkpoint": {"every": self.every, "keep": self.steps}}
+        checkpoint = {**self.settings["checkpoint"], "keep": self.steps}
+        settings = {**self.settings, "checkpoint": checkpoint}
         done = subprocess.run(
             [sys.executable, "-c", _SPAWNED, json.dumps(settings), str(run_dir)],
             env=self.environment,
@@ -214,18 +139,20 @@ class Kills:
         halves = {
             point: count
             for point, count in self.straight[1].items()
-            if point.when == HALF and "checkpoints/step-N" in point.label
+            if point.when == HALF and "/step-N" in point.label
         }
         busiest = max(halves, key=halves.__getitem__)
-        run_dir = self.place("killed")
+        run_dir, kept = self.place("case"), self.place("killed").parent
         self._strike(run_dir, Fault(busiest, -(-halves[busiest] * 3 // 4), ALL))
-        again = self.place("killed-again")
-        shutil.copytree(run_dir, again)
-        return run_dir, self._trace(again)
+        shutil.copytree(run_dir.parent, kept, dirs_exist_ok=True)
+        return kept, self._trace(run_dir)
 
-    def cases(self) -> Iterator[Case]:
-        """All kills, without those that would only repeat others."""
-        points, again = self.straight[1], self.killed[1]
+    def cases(self, but: Collection[str] = ()) -> Iterator[Case]:
+        """All kills, without those that would only repeat others, and without some labels."""
+        points, again = (
+            {point: count for point, count in found.items() if point.label not in but}
+            for found in (self.straight[1], self.killed[1])
+        )
         for point, count in points.items():
             one = () if point.role == "launcher" else (ONE, OTHER)
             for victim in (*one, ALL, LAUNCHER):
@@ -240,9 +167,11 @@ class Kills:
 
     def assert_survives(self, case: Case, patch: str | None = None) -> Outcome:
         """Kill a run, look at what is left, resume it, and compare all of it with the reference."""
+        kept = self.killed[0] if case.again else None
         run_dir = self.place("case")
-        if case.again:
-            shutil.copytree(self.killed[0], run_dir)
+        if kept is not None:
+            # In its old place: a store outside of it knows where its run is.
+            shutil.copytree(kept, run_dir.parent, dirs_exist_ok=True)
         code = self._strike(run_dir, case.fault, patch)
         self.assert_left_intact(run_dir)
         left = newest_step(run_dir)
@@ -259,11 +188,11 @@ class Kills:
     def assert_ends_like_the_unkilled(self, run_dir: Path) -> int:
         """Resume a run to its end. Returns the most steps that a kill cost."""
         resumed = self.launch(run_dir)
-        assert self.forks.run(resumed) == 0, output(resumed)
+        assert self.forks.run(resumed, self.patience_s) == 0, output(resumed)
         assert newest_step(run_dir) == self.steps
         self.reference.assert_same_content(run_dir)
         lost = self.reference.assert_history(run_dir, self.every)
-        strange = set(_files(run_dir)) ^ set(_files(self.straight[0]))
+        strange = _files(run_dir) ^ _files(self.straight[0])
         assert not strange, f"left over or missing: {sorted(strange)}"
         return lost
 
@@ -284,17 +213,18 @@ class Kills:
     def launch(self, run_dir: Path, **options: Any) -> Launch:
         """A launch that is traced."""
         control = run_dir.parent / "control"
-        return Launch(run_dir, self.settings, control, [run_dir], **options)
+        roots = [run_dir, run_dir.parent / STORE]
+        return Launch(run_dir, self.settings, control, roots, **options)
 
     def _trace(self, run_dir: Path, patch: str | None = None) -> dict[Point, int]:
         launch = self.launch(run_dir, patch=patch)
-        assert self.forks.run(launch) == 0, output(launch)
+        assert self.forks.run(launch, self.patience_s) == 0, output(launch)
         return dict(read_trace(launch.control)[0])
 
     def _strike(self, run_dir: Path, fault: Fault, patch: str | None = None) -> int:
         launch = self.launch(run_dir, fault=fault, patch=patch)
         pids = self.forks.start(launch)
-        code = self.forks.wait()
+        code = self.forks.wait(self.patience_s)
         assert read_trace(launch.control)[1], f"not reached: {fault}\n{output(launch)}"
         assert_ended(pids)
         return code
@@ -308,10 +238,11 @@ def assert_ended(pids: Pids, seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def _files(run_dir: Path) -> list[str]:
-    """What lies in a run's folder, without what ranks said when they failed."""
-    names = [str(path.relative_to(run_dir)) for path in run_dir.rglob("*")]
-    return sorted(name for name in names if "failure" not in name)
+def _files(run_dir: Path) -> set[str]:
+    """What lies in a run's folder and its store, without what ranks said when they failed."""
+    folders = run_dir, run_dir.parent / STORE
+    found = [path for folder in folders for path in folder.rglob("*")]
+    return {str(path.relative_to(run_dir.parent)) for path in found if "failure" not in path.name}
 
 
 def _alive(pid: int) -> bool:

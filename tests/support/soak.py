@@ -11,7 +11,8 @@ from pathlib import Path
 
 from support.faults import ALL, LAUNCHER, ONE
 from support.forks import Launch
-from support.kills import Kills, assert_ended, newest_step, output, steps_of
+from support.kills import Kills, assert_ended, output
+from support.unkilled import newest_step, steps_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _pace(runs: Kills) -> tuple[float, float]:
         assert time.time() < begun + 120, output(launch)
         time.sleep(0.02)
     os.kill(pids.launcher, signal.SIGKILL)
-    runs.forks.wait()
+    runs.forks.wait(runs.patience_s)
     assert_ended(pids)
     times = [event["time"] for event in steps_of(run_dir, "time")]
     return times[0] - begun, (times[wanted - 1] - times[0]) * runs.every / (wanted - 1)
@@ -91,7 +92,7 @@ def _kill_after(runs: Kills, launch: Launch, seconds: float, last: int, draw: ra
             time.sleep(0.005)
         for pid in pids.ranks[rank : rank + 1] if victim == ONE else pids.ranks:
             os.kill(pid, signal.SIGKILL)
-    code = runs.forks.wait()
+    code = runs.forks.wait(runs.patience_s)
     assert code == (-signal.SIGKILL if victim == LAUNCHER else 1), output(launch)
     assert_ended(pids)
     return victim
