@@ -26,6 +26,7 @@ from typing import Any
 import safetensors
 import torch
 from longspan.attention.settings import RopeSettings
+from longspan.trainer.checkpoint.files import CheckpointFiles
 from longspan.trainer.convert.convert import export_checkpoint, import_checkpoint
 from longspan.trainer.convert.families import FAMILIES
 from longspan.trainer.convert.hf_config import HfModel, write_config
@@ -72,12 +73,10 @@ def plain_copy(source: Path, out: Path, sync: bool) -> None:
 
 
 def load_engine(source: Path, step: Path) -> None:
-    """Fill an engine without optimizer; save its weights, so that they can be exported."""
+    """Fill an engine with its optimizer, and save it, so that it can be exported."""
     import torch.distributed as dist
+    from longspan.trainer.engine.checkpoint import save_engine
     from longspan.trainer.engine.engine import Engine
-    from longspan.trainer.engine.hooks import mend_writer
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     weights = FolderWeights(source)
@@ -92,13 +91,9 @@ def load_engine(source: Path, step: Path) -> None:
     run = RunSettings.model_validate(
         {"model": weights.hf.model.model_dump(), "tokenizer": tokenizer, "stages": [stage]}
     )
-    engine = Engine(run, run.stages[0], weights.hf.vocab, train=False, weights=weights)
+    engine = Engine(run, run.stages[0], weights.hf.vocab, weights=weights)
     report_peak()
-    mend_writer()
-    step.mkdir()
-    state: Any = {"model": engine.model.sharded_state_dict()}
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(step), strategy)
+    save_engine(engine, step)
 
 
 _pipe: Any = None
@@ -172,7 +167,7 @@ def import_unsynced(source: Path, out: Path) -> None:
 
 def export_stored(step: Path, out: Path, hf: HfModel) -> None:
     """Export with what is known of the model."""
-    export_checkpoint(step, out, hf=hf)
+    export_checkpoint(CheckpointFiles.of(step), out, hf=hf)
 
 
 def main() -> None:

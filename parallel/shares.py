@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 
 Part = tuple[int, int, int]
 """Document, and the half-open range of its tokens."""
@@ -52,17 +53,18 @@ class Stock:
         last = self.last[document]
         return self.up_to(last) - self.up_to(last - tokens)
 
-    def within(self, document: int, work: float) -> int:
-        """How many of the first of them make up so much work; all if they are less."""
+    def within(self, document: int, work: float, near: float) -> int:
+        """How many of the first of them make up so much work, or up to `near` more."""
         low, high, below, above = 0, self.size[document], 0.0, self.load[document]
-        straight = True
-        while high - low > 1:
+        straight, up_to, first = True, self.up_to, self.first[document]
+        before = up_to(first)
+        while high - low > 1 and above > work + near:
             # Work grows nearly linearly with tokens, but not everywhere: halving always ends.
             share = 0.5
             if straight and above > below:
-                share = (work - below) / (above - below)
+                share = (work + near / 2 - below) / (above - below)
             middle = min(max(low + int(share * (high - low)) + 1, low + 1), high - 1)
-            found = self.head(document, middle)
+            found = up_to(first + middle) - before
             if found < work:
                 low, below = middle, found
             else:
@@ -100,14 +102,15 @@ class Filling:
         self.stock, self.documents = stock, list[int]()
         self._tokens, self._work = [0], [0.0]
         have, load, sizes, loads = 0, 0.0, stock.size, stock.load
+        named, sums, works = self.documents.append, self._tokens.append, self._work.append
         for document in documents:
             if have >= tokens:
                 break
             have += sizes[document]
             load += loads[document]
-            self.documents.append(document)
-            self._tokens.append(have)
-            self._work.append(load)
+            named(document)
+            sums(have)
+            works(load)
 
     def work(self, tokens: int) -> float:
         """Of the first so many tokens."""
@@ -234,11 +237,10 @@ class Rank:
 
     def _sparsest(self, last: int = -1) -> Iterator[int]:
         """Documents by work per token, one of them last."""
-        for _, document in self.stock.order:
-            if document != last:
-                yield document
-        if last >= 0:
-            yield last
+        if last < 0:
+            return (document for _, document in self.stock.order)
+        others = (document for _, document in self.stock.order if document != last)
+        return chain(others, [last])
 
     def _cut(self, document: int, filling: Filling) -> bool:
         """Takes the end of a document, and fills up with others or with its own beginning.
@@ -284,18 +286,20 @@ class Rank:
 
     def _tail(self, document: int, filling: Filling) -> int:
         """How many tokens of a document's end make up the work, or as many as there are."""
-        stock, low, high = self.stock, 0, min(self.stock.size[document], self.tokens)
-        below = filling.work(self.tokens)
-        above = stock.tail(document, high) + filling.work(self.tokens - high)
+        wanted, tokens, fill = self.work, self.tokens, filling.work
+        up_to, last = self.stock.up_to, self.stock.last[document]
+        low, high = 0, min(self.stock.size[document], tokens)
+        whole, below = up_to(last), fill(tokens)
+        above = whole - up_to(last - high) + fill(tokens - high)
         near, straight = NEAR * self.over, True
-        while high - low > 1 and above > self.work + near:
+        while high - low > 1 and above > wanted + near:
             # Work grows nearly linearly with tokens, but not everywhere: halving always ends.
             share = 0.5
             if straight and above > below:
-                share = (self.work + near / 2 - below) / (above - below)
+                share = (wanted + near / 2 - below) / (above - below)
             middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
-            work = stock.tail(document, middle) + filling.work(self.tokens - middle)
-            if work < self.work:
+            work = whole - up_to(last - middle) + fill(tokens - middle)
+            if work < wanted:
                 low, below = middle, work
             else:
                 high, above = middle, work
@@ -317,7 +321,7 @@ class Rank:
             if size > self.room or (size > self.tokens and heavy):
                 size = self.tokens
             if not must and heavy:
-                size = min(size, stock.within(document, self.work))
+                size = min(size, stock.within(document, self.work, NEAR * self.over))
             self._take(document, head=size)
 
 

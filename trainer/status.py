@@ -7,6 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import LongspanError
+from .checkpoint.files import CheckpointFiles
+from .checkpoint.manifest import read_manifest
+from .checkpoint.store import open_store
 from .observe.events import read_events
 from .observe.goodput import BUCKETS, Goodput, measure_goodput
 from .observe.summary import goodput_line, table
@@ -133,18 +137,30 @@ def read_status(directory: RunDirectory) -> Status:
     state = "complete" if complete else "running" if running else "new"
     if state == "new" and last is not None:
         state = last.end or "lost"
-    newest = directory.newest_checkpoint()
+    newest, saved = _newest(directory)
     return Status(
         directory=str(directory),
         state=state if state in _STATES else "failed",
         reason=last.reason if last is not None and state == "failed" else "",
         owner=owner if running else None,
         position=position,
-        checkpoint=None if newest is None else newest.name,
-        checkpoint_time=None if newest is None else newest.stat().st_mtime,
+        checkpoint=newest,
+        checkpoint_time=saved,
         goodput=goodput,
         now=time.time(),
     )
+
+
+def _newest(directory: RunDirectory) -> tuple[str | None, float | None]:
+    """Name and time of the newest checkpoint, as far as they can be known."""
+    try:
+        store = open_store(directory.load_settings().checkpoint.where, directory.path)
+        names = store.committed()
+        if not names:
+            return None, None
+        return names[-1], read_manifest(CheckpointFiles(store, names[-1])).info.get("created")
+    except LongspanError:
+        return None, None
 
 
 def _watched(directory: RunDirectory, position: Position) -> Iterator[Mapping[str, Any]]:

@@ -82,10 +82,10 @@ def _settings(run: RunStore, other: RunStore, before: Manifest, after: Manifest)
     if run.directory.path == other.directory.path:
         yield from changes(_without(before, _NOISE), _without(after, _NOISE))
         return
-    recipe, another = (each.settings.model_dump(mode="json") for each in (run, other))
-    yield from changes(recipe, another)
-    own, others = ({key: m.info.get(key) for key in _OWN} for m in (before, after))
-    yield from changes(own, others)
+    mine, theirs = (each.settings.model_dump(mode="json") for each in (run, other))
+    yield from changes(mine, theirs)
+    mine, theirs = ({key: m.info.get(key) for key in _OWN} for m in (before, after))
+    yield from changes(mine, theirs)
 
 
 def _without(manifest: Manifest, keys: tuple[str, ...]) -> dict[str, object]:

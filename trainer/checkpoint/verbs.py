@@ -129,11 +129,15 @@ def _problems(run: RunStore, found: Found) -> list[str]:
 
 
 def _expendable(run: RunStore, found: list[Found], keep: int | None) -> list[Found]:
-    """Complete checkpoints that may go, once the newest was read again."""
-    complete = {each.step: each for each in found if each.kind in ("committed", "damaged")}
-    if not complete:
+    """Complete checkpoints that may go, once the newest was read again.
+
+    Damaged ones do not count and stay: somebody may want to look at them.
+    """
+    complete = {each.step: each for each in found if each.kind == "committed"}
+    named = [each for each in found if each.kind in ("committed", "damaged")]
+    if not named:
         return []
-    newest = complete[max(complete)]
+    newest = named[-1]
     problems = _problems(run, newest)
     if problems:
         raise CheckpointError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
 from ...attention.catalogue import words
 from ...redact import redact
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.manifest import MANIFEST
 from ..data.settings import DataSettings, StdlibSource
 from ..observe.events import read_events
@@ -18,7 +18,9 @@ from ..run_directory import RunDirectory
 from ..settings import RunSettings, StageSettings
 
 
-def model_card(directory: RunDirectory, run: RunSettings, checkpoint: Path, name: str) -> str:
+def model_card(
+    directory: RunDirectory, run: RunSettings, checkpoint: CheckpointFiles, name: str
+) -> str:
     """README.md of an export.
 
     Args:
@@ -27,7 +29,7 @@ def model_card(directory: RunDirectory, run: RunSettings, checkpoint: Path, name
         checkpoint: The exported checkpoint of the run.
         name: The model's name.
     """
-    state = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+    state = json.loads(checkpoint.read(MANIFEST))
     cursor = state["cursor"]
     environment = directory.read_environment()
     start = f"the weights of `{run.model.weights}`" if run.model.weights else "random weights"

@@ -15,6 +15,7 @@ import torch
 
 from ...attention.settings import RopeSettings
 from ...errors import CheckpointError, ConversionError
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.manifest import MANIFEST
 from ..data.tokenizer import TextTokenizer
 from ..run_directory import write_atomically
@@ -66,7 +67,7 @@ def import_checkpoint(hf_dir: Path, out: Path, *, dtype: Dtype | None = None) ->
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: CheckpointFiles,
     out: Path,
     *,
     hf: HfModel | None = None,
@@ -77,7 +78,7 @@ def export_checkpoint(
     """Write a checkpoint of ours, of any layout, as a Hugging Face folder.
 
     Args:
-        checkpoint: A folder `step-N` of a run.
+        checkpoint: Of a run.
         out: A folder that does not exist yet, or is empty.
         hf: What the model is; read from the checkpoint when left out.
         dtype: Of the weights in `out`; as they are when left out.
@@ -105,7 +106,7 @@ def export_checkpoint(
     return hf
 
 
-def checkpoint_model(checkpoint: Path) -> HfModel:
+def checkpoint_model(checkpoint: CheckpointFiles) -> HfModel:
     """The model of a checkpoint that a run wrote, in the family that computes the same.
 
     Raises:
@@ -113,11 +114,11 @@ def checkpoint_model(checkpoint: Path) -> HfModel:
         ConversionError: No family computes what it does.
     """
     try:
-        state: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+        state: dict[str, Any] = json.loads(checkpoint.read(MANIFEST))
         model = ModelSettings.model_validate(state["model"])
         rope = RopeSettings.model_validate(state["rope"])
         vocab, length = int(state["vocab"]), int(state["length"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} does not say what model it holds: {error!r}",
             "give a checkpoint folder of a run, such as runs/NAME/checkpoints/step-N",

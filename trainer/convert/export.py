@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.manifest import MANIFEST, read_manifest
+from ..checkpoint.store import open_store
 from ..data.tokenizer import TextTokenizer
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings
@@ -24,7 +26,7 @@ from .hf_config import CONFIG, Dtype, HfModel, read_config
 class Exported:
     """What `export` wrote, from where, and what is to be said of its attention."""
 
-    checkpoint: Path
+    checkpoint: CheckpointFiles
     model: HfModel
     companions: tuple[str, ...]
     attention: str | None
@@ -45,7 +47,7 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
     """
     directory, checkpoint = _find(what)
     run = directory.load_settings()
-    stage = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["cursor"]["stage"]
+    stage = read_manifest(checkpoint).cursor.stage
     attention = exported_attention(run.stages[stage].attention, run.model.layers)
     hf = _with_history(checkpoint_model(checkpoint), directory, run)
     companions: list[str] = []
@@ -59,17 +61,17 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
     return Exported(checkpoint, written, tuple(companions), attention)
 
 
-def _find(what: Path) -> tuple[RunDirectory, Path]:
+def _find(what: Path) -> tuple[RunDirectory, CheckpointFiles]:
     """The run and the checkpoint that a path means."""
     path = what.absolute()
     if (path / MANIFEST).is_file():
-        return RunDirectory(path.parent.parent), path
+        return RunDirectory(path.parent.parent), CheckpointFiles.of(path)
     directory = RunDirectory(path)
-    directory.load_settings()
-    newest = directory.newest_checkpoint()
-    if newest is None:
+    store = open_store(directory.load_settings().checkpoint.where, directory.path)
+    complete = store.committed()
+    if not complete:
         raise CheckpointError(f"{directory} has no complete checkpoint yet", "train it first")
-    return directory, newest
+    return directory, CheckpointFiles(store, complete[-1])
 
 
 def _with_history(hf: HfModel, directory: RunDirectory, run: RunSettings) -> HfModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +17,14 @@ class StoredWeights:
     """Reads single parameters of a checkpoint that a run wrote under any layout.
 
     Args:
-        path: The checkpoint's folder.
+        files: Of the checkpoint.
 
     Raises:
         CheckpointError: There is no checkpoint, or it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._state = StoredState(CheckpointFiles.of(path))
+    def __init__(self, files: CheckpointFiles) -> None:
+        self._state = StoredState(files)
 
     def __call__(self, model: LongModel) -> None:
         """Fill every parameter of a model on one rank.

@@ -50,7 +50,7 @@ def export_model(
     what, out = what.expanduser(), out.expanduser()
     done = export(what, out, dtype=_dtype(dtype))
     lines = [
-        f"exported {done.checkpoint.name} of {what} to {out}",
+        f"exported {done.checkpoint.folder} of {what} to {out}",
         *_about(done.model),
         f"with: {', '.join(('README.md', *done.companions))}",
         *([done.attention] if done.attention else []),

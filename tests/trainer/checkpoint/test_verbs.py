@@ -192,6 +192,13 @@ def test_prune_asks_and_removes_what_retention_lets_go(damaged, checkpoint_verb,
     assert checkpoint_verb("prune", damaged, "--keep", "1")[1] == "nothing to remove\n"
 
 
+def test_prune_neither_counts_nor_removes_damaged_checkpoints(damaged):
+    (damaged / "checkpoints" / "step-00000020" / "index.json").write_bytes(b"short")
+    assert prune(damaged, 2, lambda names: True).lines == ["nothing to remove"]
+    assert prune(damaged, 1, lambda names: True).lines[0] == "removed step-00000010"
+    assert len(LocalStore(damaged / "checkpoints").committed()) == 2
+
+
 def test_prune_obeys_the_recipe(tmp_path):
     run = run_with(
         tmp_path / "run",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from longspan.attention.settings import RopeSettings
 from longspan.errors import CheckpointError, ConversionError
+from longspan.trainer.checkpoint.files import CheckpointFiles
 from longspan.trainer.convert import convert
 from longspan.trainer.convert.convert import checkpoint_model, export_checkpoint, import_checkpoint
 from longspan.trainer.convert.families import family_for
@@ -247,7 +248,9 @@ def test_the_family_of_a_run_that_started_from_random_weights(change, family):
 
 def test_a_checkpoint_that_is_none(saved, tmp_path):
     with pytest.raises(CheckpointError, match="does not say what model"):
-        checkpoint_model(tmp_path)
+        checkpoint_model(CheckpointFiles.of(tmp_path))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        export_checkpoint(tmp_path, tmp_path / "out", hf=read_config(saved("llama")))
+        export_checkpoint(
+            CheckpointFiles.of(tmp_path), tmp_path / "out", hf=read_config(saved("llama"))
+        )
     assert not list(tmp_path.iterdir())

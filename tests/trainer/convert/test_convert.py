@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from longspan.trainer.checkpoint.files import CheckpointFiles
 from longspan.trainer.convert.convert import export_checkpoint, import_checkpoint
 from longspan.trainer.convert.hf_config import read_config
 from safetensors import safe_open
@@ -31,7 +32,9 @@ def test_in_train_and_out_is_what_transformers_computes(worlds, tmp_path, name):
     assert (before - their_logits(theirs, text_of())).abs().max() < 1e-4
     assert greedy == their_greedy(theirs)
     assert (before - after).abs().max() > 1e-2, "training changed nothing"
-    hf = export_checkpoint(tmp_path / "step", tmp_path / "out", hf=read_config(theirs))
+    hf = export_checkpoint(
+        CheckpointFiles.of(tmp_path / "step"), tmp_path / "out", hf=read_config(theirs)
+    )
     assert hf.dtype == "fp32"
     assert (after - their_logits(tmp_path / "out", text_of())).abs().max() < 1e-4
     assert continued == their_greedy(tmp_path / "out")
@@ -62,7 +65,9 @@ def test_any_layout_reads_and_leaves_the_same_model(worlds, tmp_path, name, layo
     before, after = found[-1]
     assert (before[:-1] - their_losses(theirs)).abs().max() < 1e-4
     assert (before - after).abs().max() > 1e-2
-    export_checkpoint(tmp_path / "step", tmp_path / "out", hf=read_config(theirs))
+    export_checkpoint(
+        CheckpointFiles.of(tmp_path / "step"), tmp_path / "out", hf=read_config(theirs)
+    )
     assert (after[:-1] - their_losses(tmp_path / "out")).abs().max() < 1e-4
     assert worlds(1).run(greedy_of, tmp_path / "out")[0] == their_greedy(tmp_path / "out")
 
@@ -82,7 +87,9 @@ def test_there_and_back_in_bf16_is_equal_byte_by_byte(worlds, tmp_path, name):
     assert hf.dtype == "bf16"
     parallel = {} if name == "qwen2" else {"expert": 2} if "moe" in name else {"tensor": 2}
     worlds(2).run(unchanged, tmp_path / "in", parallel, tmp_path / "step")
-    export_checkpoint(tmp_path / "step", tmp_path / "out", hf=hf, shard_bytes=30_000)
+    export_checkpoint(
+        CheckpointFiles.of(tmp_path / "step"), tmp_path / "out", hf=hf, shard_bytes=30_000
+    )
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     expected = tensors(theirs)
     for folder in ("in", "out"):

@@ -147,7 +147,7 @@ def test_content_is_of_the_training_tokens_and_not_of_their_files(tmp_path):
     texts, cache = some_texts(60), tmp_path / "cache"
     first = prepare(data_of(tmp_path, texts), cache)
     fixed = LocalTokenizer(kind="hf", path=str(first.tokenizer_path))
-    given = [texts, texts[::-1], [*texts, "the lazy fox 61"], texts[:-1]]
+    given = [texts, texts[::-1], some_texts(70), texts[:-10]]
     found = []
     for number, changed in enumerate(given):
         found.append(prepare(data_of(tmp_path, changed, f"{number}.jsonl"), cache, fixed))

@@ -85,25 +85,29 @@ def test_main_weights_are_more_than_what_bf16_shows(worlds, tmp_path):
 
 
 def selection_then_all(run, folder: str, write: bool):
-    """Steps of the whole model, after some in which its selection only learned."""
+    """Steps of the whole model, after two in which its selection only learned; and all ages."""
     from longspan.trainer.engine.checkpoint import load_engine, save_engine
     from longspan.trainer.engine.engine import Engine
 
     stage = run.stages[0]
     if write:
         engine = Engine(run, stage.model_copy(update={"trainable": "selection"}), VOCAB)
-        take_step(engine, 0)
+        for step in range(2):
+            take_step(engine, step)
         save_engine(engine, Path(folder))
     engine = Engine(run, stage, VOCAB)
     load_engine(engine, Path(folder), optimizer=True)
-    return [take_step(engine, 1 + step) for step in range(STEPS)]
+    assert engine.optimizer is not None
+    ages = {(getattr(p, "selects", False), n) for p, n in engine.optimizer.steps().items()}
+    return [take_step(engine, 2 + step) for step in range(STEPS)], ages
 
 
 def test_parameters_of_different_ages_keep_them(worlds, tmp_path):
     seer = {"stage__attention": {"mechanism": SEER["token"]}}
-    expected = worlds(1).run(selection_then_all, tiny_run(**seer), str(tmp_path), True)[0]
+    ((expected, _),) = worlds(1).run(selection_then_all, tiny_run(**seer), str(tmp_path), True)
     for ranks, parallel in LAYOUTS.values():
         run = tiny_run(stage__parallel=parallel, **seer)
-        found = worlds(ranks).run(selection_then_all, run, str(tmp_path), False)[0]
-        for one, other in zip(found, expected, strict=True):
+        found = worlds(ranks).run(selection_then_all, run, str(tmp_path), False)
+        assert set().union(*(ages for _, ages in found)) == {(True, 2), (False, 0)}
+        for one, other in zip(found[0][0], expected, strict=True):
             assert one == pytest.approx(other, rel=1e-5), parallel
