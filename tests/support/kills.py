@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from longspan.trainer.checkpoint.folders import LATEST
 from longspan.trainer.observe.events import read_events
 from support.faults import ALL, HALF, LAUNCHER, ONE, OTHER, Fault, Pids, Point, read_trace
 from support.forks import STARTING, Forks, Launch
-from support.unkilled import Reference, newest_step
+from support.unkilled import Reference, committed, newest_step
 
 STORE = "store"
 _SPAWNED = """
@@ -192,6 +193,8 @@ class Kills:
         assert newest_step(run_dir) == self.steps
         self.reference.assert_same_content(run_dir)
         lost = self.reference.assert_history(run_dir, self.every)
+        newest = committed(run_dir)[-1]
+        assert (newest.parent / LATEST).read_text().strip() == newest.name
         strange = _files(run_dir) ^ _files(self.straight[0])
         assert not strange, f"left over or missing: {sorted(strange)}"
         return lost
