@@ -136,7 +136,7 @@ class Kills:
 
     @cached_property
     def killed(self) -> tuple[Path, dict[Point, int]]:
-        """A run that was killed in the midst of a checkpoint, and the points of resuming it."""
+        """A run that was killed in its last checkpoint, and the points of resuming it in a stage."""
         halves = {
             point: count
             for point, count in self.straight[1].items()
@@ -144,7 +144,7 @@ class Kills:
         }
         busiest = max(halves, key=halves.__getitem__)
         run_dir, kept = self.place("case"), self.place("killed").parent
-        self._strike(run_dir, Fault(busiest, -(-halves[busiest] * 3 // 4), ALL))
+        self._strike(run_dir, Fault(busiest, halves[busiest], ALL))
         shutil.copytree(run_dir.parent, kept, dirs_exist_ok=True)
         return kept, self._trace(run_dir)
 
