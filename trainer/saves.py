@@ -38,7 +38,7 @@ class Saves:
         """The newest checkpoint, every byte of which is what was written.
 
         What an attempt that was killed left half-written is removed, and what it did not come to
-        remove.
+        remove; and the pointer is set right.
 
         Raises:
             CheckpointError: The newest is damaged.
@@ -51,6 +51,7 @@ class Saves:
             for folder in self.store.unfinished():
                 self.store.remove(folder)
             if checkpoint is not None:
+                self.store.point(checkpoint.name)
                 self._saver.prune()
         return checkpoint
 

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from longspan.trainer.checkpoint.folders import LATEST
 from longspan.trainer.observe.events import read_events
 from support.faults import ALL, HALF, LAUNCHER, ONE, OTHER, Fault, Pids, Point, read_trace
 from support.forks import STARTING, Forks, Launch
-from support.unkilled import Reference, newest_step
+from support.unkilled import Reference, committed, newest_step
 
 STORE = "store"
 _SPAWNED = """
@@ -135,7 +136,7 @@ class Kills:
 
     @cached_property
     def killed(self) -> tuple[Path, dict[Point, int]]:
-        """A run that was killed in the midst of a checkpoint, and the points of resuming it."""
+        """A run that was killed in its last checkpoint, and the points of resuming it in a stage."""
         halves = {
             point: count
             for point, count in self.straight[1].items()
@@ -143,7 +144,7 @@ class Kills:
         }
         busiest = max(halves, key=halves.__getitem__)
         run_dir, kept = self.place("case"), self.place("killed").parent
-        self._strike(run_dir, Fault(busiest, -(-halves[busiest] * 3 // 4), ALL))
+        self._strike(run_dir, Fault(busiest, halves[busiest], ALL))
         shutil.copytree(run_dir.parent, kept, dirs_exist_ok=True)
         return kept, self._trace(run_dir)
 
@@ -192,6 +193,8 @@ class Kills:
         assert newest_step(run_dir) == self.steps
         self.reference.assert_same_content(run_dir)
         lost = self.reference.assert_history(run_dir, self.every)
+        newest = committed(run_dir)[-1]
+        assert (newest.parent / LATEST).read_text().strip() == newest.name
         strange = _files(run_dir) ^ _files(self.straight[0])
         assert not strange, f"left over or missing: {sorted(strange)}"
         return lost

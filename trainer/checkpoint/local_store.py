@@ -110,10 +110,19 @@ class LocalStore:
             _sync(part)
             part.rename(self.path / target)
             _sync(self.path)
-        # The checkpoint is complete: without its pointer nothing is lost.
-        with suppress(OSError):
-            self._point(target)
+        self.point(target)
         return target
+
+    def point(self, folder: str) -> None:
+        """Swap the pointer, unless it is right. See `Store`."""
+        pointer, wanted = self.path / LATEST, f"{folder}\n".encode()
+        with suppress(OSError):
+            if not pointer.is_file() or pointer.read_bytes() != wanted:
+                temporary = self.path / f"{LATEST}.writing"
+                temporary.unlink(missing_ok=True)
+                _write(temporary, [wanted])
+                temporary.replace(pointer)
+                _sync(self.path)
 
     def listing(self) -> dict[str, Kind]:
         """All folders, oldest first. See `Store`."""
@@ -209,14 +218,6 @@ class LocalStore:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             _sync(path.parent)
-
-    def _point(self, target: str) -> None:
-        """Swap the pointer."""
-        temporary = self.path / f"{LATEST}.writing"
-        temporary.unlink(missing_ok=True)
-        _write(temporary, [f"{target}\n".encode()])
-        temporary.replace(self.path / LATEST)
-        _sync(self.path)
 
 
 def _plain(name: str) -> str:

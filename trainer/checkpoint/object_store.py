@@ -125,10 +125,13 @@ class ObjectStore:
                         "remove it, or set it aside",
                     )
             self._mark(self._of(folder, MARKER), marker)
-        # The checkpoint is complete: without its pointer nothing is lost.
+        self.point(folder)
+        return folder
+
+    def point(self, folder: str) -> None:
+        """Upload the pointer. See `Store`."""
         with suppress(Exception):
             self._fs.pipe_file(f"{self._path}/{LATEST}", f"{folder}\n".encode())
-        return folder
 
     def listing(self) -> dict[str, Kind]:
         """All folders, oldest first. See `Store`."""

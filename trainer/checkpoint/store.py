@@ -21,8 +21,8 @@ class Store(Protocol):
     writing. A process may die between any two operations of any of them: `committed` has a
     checkpoint exactly when all of it is there. No method looks at a clock.
 
-    Every method raises CheckpointError where the place fails it, and nothing else but the
-    RunError of `claim`.
+    Every method but `point` raises CheckpointError where the place fails it, and nothing else but
+    the RunError of `claim`.
     """
 
     root: str
@@ -71,6 +71,10 @@ class Store(Protocol):
         Returns:
             The folder's name from now on.
         """
+        ...
+
+    def point(self, folder: str) -> None:
+        """Name a committed folder in the pointer; without it nothing is lost: it never raises."""
         ...
 
     def listing(self) -> dict[str, Kind]:

@@ -73,6 +73,15 @@ def test_a_save_is_read_back_and_is_the_newest(tmp_path):
     assert 0 < store.free() < 2**60
 
 
+def test_a_pointer_that_a_kill_left_behind_is_set_right(tmp_path):
+    store = open_store("checkpoints", tmp_path)
+    name, root = save(store, 20), tmp_path / "checkpoints"
+    (root / "latest").write_text("step-00000010\n")
+    (root / "latest.writing").write_text("step-000")
+    store.point(name)
+    assert (root / "latest").read_text() == f"{name}\n" and not (root / "latest.writing").exists()
+
+
 def test_killed_before_any_operation_a_checkpoint_is_whole_or_not_there(tmp_path, killed_before):
     start = LocalStore(tmp_path / "start")
     save(start, 10)
