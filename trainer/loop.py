@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ..attention.catalogue import words
 from ..cache import default_cache
 from ..errors import CheckpointError
 from .bad_steps import BadStep, BadSteps
@@ -19,7 +18,7 @@ from .checkpoint.cursor import Cursor
 from .checkpoint.folders import FolderName
 from .checkpoint.loader import Checkpoint, refuse_other_rope
 from .checkpoint.stored import StoredState
-from .conditions import machine_conditions, order, stage_conditions
+from .conditions import machine_conditions, stage_conditions
 from .context_proof import context_proof
 from .convert.companions import keep_companions
 from .convert.weights import FolderWeights
@@ -29,28 +28,17 @@ from .data.samples import HeldOutSamples, LongDocuments, TrainingSamples
 from .engine.checkpoint import load_state
 from .engine.engine import Engine
 from .evaluation import held_out_loss
-from .exactness import Conditions, Promise, declared, described, go_on
+from .exactness import Promise, declared, described, go_on
 from .going_back import GoingBack
 from .observe.goodput import goodput_so_far
 from .observe.observer import Observer
+from .open_stage import OpenStage
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
 from .saves import Saves
 from .settings import RunSettings, StageSettings
 from .stage_loop import StageEnd, StageLoop
 from .stopping import StopRequest
-
-
-@dataclass
-class _Stage:
-    """A stage at work: its settings, documents and their order, engine and conditions."""
-
-    index: int
-    settings: StageSettings
-    corpus: Corpus
-    packing: Packing
-    engine: Engine
-    conditions: Conditions
 
 
 class Run:
@@ -74,6 +62,8 @@ class Run:
         self.machine = machine_conditions(run)
         self.promise: Promise | None = None
         """None until the first stage of this attempt is open."""
+        self.loss: float | None = None
+        """Of the last step of a stage that is trained to its end."""
         self.bad = BadSteps(run.recovery)
         self.going_back = GoingBack(directory, self.saves.store, run.recovery)
 
@@ -111,7 +101,7 @@ class Run:
                 del stage
                 gc.collect()
                 continue
-            self._close_stage(stage, cursor, end.loss)
+            self._close_stage(stage, cursor)
             if last:
                 seconds = time.monotonic() - begun
                 self._finish(stage, cursor, seconds, (cursor.tokens - done_before) / seconds)
@@ -135,9 +125,10 @@ class Run:
         self.observer.rewound(bad.step, rewind.to, rewind.sequences, bad.reason)
         return checkpoint
 
-    def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> _Stage:
+    def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> OpenStage:
         """Build the stage's engine and load the newest checkpoint into it."""
         settings, folder = self.run.stages[cursor.stage], self.run.model.folder
+        plan = self.plans[cursor.stage]
         weights = None
         if checkpoint is None and folder is not None:
             weights = FolderWeights(folder)  # before the data: it says at once what is wrong
@@ -152,7 +143,7 @@ class Run:
         self.bad = BadSteps(self.run.recovery)
         packing = self._packing(settings, corpus, cursor)
         now = stage_conditions(self.run, cursor.stage, self.machine, corpus, engine.choice)
-        stage = _Stage(cursor.stage, settings, corpus, packing, engine, now)
+        stage = OpenStage(cursor.stage, settings, plan, corpus, packing, engine, now)
         if self.promise is None:
             self.promise = self._promise(stage, cursor, checkpoint)
         if checkpoint is not None:
@@ -176,7 +167,7 @@ class Run:
                 )
         return stage
 
-    def _promise(self, stage: _Stage, cursor: Cursor, checkpoint: Checkpoint | None) -> Promise:
+    def _promise(self, stage: OpenStage, cursor: Cursor, checkpoint: Checkpoint | None) -> Promise:
         """What the run promises: at its start, or after a resume, which is told and may be refused.
 
         Raises:
@@ -189,7 +180,7 @@ class Run:
         # A rewind may have moved the run's cursor behind data that the checkpoint never saw.
         resume = go_on(
             checkpoint.manifest.info,
-            _at(stage, checkpoint.cursor if inside else cursor),
+            stage.conditions_at(checkpoint.cursor if inside else cursor),
             inside=inside,
             setting=self.run.checkpoint.exactness,
             checkpoint=checkpoint.name,
@@ -214,6 +205,7 @@ class Run:
     def _restore_recovery(self, checkpoint: Checkpoint, engine: Engine, inside: bool) -> None:
         """What was skipped, and within a stage the steps that the next ones are compared with."""
         state, spikes = checkpoint.manifest.info, engine.spikes
+        self.loss = state.get("loss")
         self.bad = BadSteps(self.run.recovery, state.get("skipped", ()))
         if spikes is None or not inside or not state.get("spikes"):
             return
@@ -240,9 +232,9 @@ class Run:
             dist.barrier()
         return corpus
 
-    def _train_stage(self, stage: _Stage, cursor: Cursor) -> StageEnd:
-        settings, plan = stage.settings, self.plans[stage.index]
-        self.observer.stage_started(settings.name, stage.index, self._stage_info(stage))
+    def _train_stage(self, stage: OpenStage, cursor: Cursor) -> StageEnd:
+        settings, plan = stage.settings, stage.plan
+        self.observer.stage_started(settings.name, stage.index, stage.about())
         loop = StageLoop(
             self.run,
             settings,
@@ -259,10 +251,12 @@ class Run:
         )
         end = loop.train(cursor)
         if end.cursor.stage_step == plan.steps and end.bad is None:
+            if end.cursor.step > cursor.step:
+                self.loss = end.loss
             self._save(stage, end.cursor, wait=True)
         return end
 
-    def _save(self, stage: _Stage, cursor: Cursor, wait: bool) -> None:
+    def _save(self, stage: OpenStage, cursor: Cursor, wait: bool) -> None:
         """Begin to save, or save."""
         assert self.promise is not None
         engine, spikes = stage.engine, stage.engine.spikes
@@ -277,14 +271,15 @@ class Run:
             "length": stage.settings.length,
             "precision": self.run.precision,
             "recipe": settings_hash(self.run),
-            "conditions": _at(stage, cursor).record(),
+            "conditions": stage.conditions_at(cursor).record(),
             "exactness": self.promise.record(),
             "spikes": None if spikes is None else spikes.state(),
             "skipped": self.bad.in_a_row,
+            "loss": self.loss,
         }
         self.saves.save(engine, cursor, info, wait=wait)
 
-    def _evaluate(self, stage: _Stage, cursor: Cursor) -> float:
+    def _evaluate(self, stage: OpenStage, cursor: Cursor) -> float:
         """Held-out loss of the live weights."""
         begun = time.monotonic()
         held_out = HeldOutSamples(stage.corpus.held_out, stage.settings.length)
@@ -304,7 +299,7 @@ class Run:
         dist.broadcast_object_list(found)
         return ended and found[0]
 
-    def _close_stage(self, stage: _Stage, cursor: Cursor, loss: float) -> None:
+    def _close_stage(self, stage: OpenStage, cursor: Cursor) -> None:
         """Evaluate a stage at its end and leave its report."""
         held_out = self._evaluate(stage, cursor)
         report: dict[str, Any] = {
@@ -314,7 +309,7 @@ class Run:
             "tokens": self.plans[stage.index].sequences_per_step
             * self.plans[stage.index].steps
             * stage.settings.length,
-            "loss": loss,
+            "loss": self.loss,
             "held_out_loss": held_out,
         }
         if stage.index + 1 == len(self.run.stages) and self.run.evaluation.documents:
@@ -322,7 +317,7 @@ class Run:
         if self.first:
             write_atomically(self._report_path(stage.index), json.dumps(report, indent=2) + "\n")
 
-    def _prove(self, stage: _Stage, cursor: Cursor) -> dict[str, Any] | None:
+    def _prove(self, stage: OpenStage, cursor: Cursor) -> dict[str, Any] | None:
         """The proof of context, or None with a warning where the data have no long documents."""
         settings, wanted = self.run.evaluation, self.run.evaluation.documents
         long = LongDocuments(stage.corpus.held_out, stage.settings.length, wanted)
@@ -339,7 +334,7 @@ class Run:
         self.observer.evaluated("context", cursor.step, proof["gain"], seconds)
         return proof
 
-    def _finish(self, stage: _Stage, cursor: Cursor, seconds: float, speed: float) -> None:
+    def _finish(self, stage: OpenStage, cursor: Cursor, seconds: float, speed: float) -> None:
         if not self.first:
             return
         reports = [
@@ -374,24 +369,3 @@ class Run:
             "machine": self.machine,
             "exactness": {"level": level, "meaning": described(level), "reason": reason},
         }
-
-    def _stage_info(self, stage: _Stage) -> dict[str, Any]:
-        settings, plan = stage.settings, self.plans[stage.index]
-        parallel = settings.parallel
-        return {
-            "length": settings.length,
-            "steps": plan.steps,
-            "tokens_per_step": plan.sequences_per_step * settings.length,
-            "rope": settings.rope.words,
-            "attention": words(settings.attention, self.run.model.layers),
-            "parallel": parallel.model_dump() | {"data": plan.data},
-            "exchange": stage.engine.choice.words if parallel.context > 1 else None,
-            "parameters": stage.engine.parameters,
-            "data": stage.corpus.info,
-        }
-
-
-def _at(stage: _Stage, cursor: Cursor) -> Conditions:
-    """The stage's conditions with the order of its data up to the cursor."""
-    sequences = order(stage.packing, cursor.next_sample)
-    return replace(stage.conditions, data={**stage.conditions.data, **sequences})

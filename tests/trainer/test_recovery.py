@@ -54,17 +54,14 @@ class Crash(Exception):
 
 
 class Bad:
-    """Makes sequences bad and remembers every step; ends the rank where it is told to."""
+    """Makes sequences bad and remembers every step; ends before the one it is told."""
 
-    def __init__(self, sequences, factor, kill, crash):
-        self.sequences, self.factor, self.kill = set(sequences), factor, kill
-        self.crash = crash
+    def __init__(self, sequences, factor, crash):
+        self.sequences, self.factor, self.crash = set(sequences), factor, crash
         self.steps, self.engine = [], None
 
     def __call__(self, whole):
         def step(engine, samples, lr, stop, key, probe=None, *, save=False):
-            if len(self.steps) == self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
             if len(self.steps) == self.crash:
                 raise Crash
             self.engine = engine
@@ -104,7 +101,7 @@ def replayed(run, engine, steps) -> list[bytes]:
     return state_of(again)
 
 
-def train(run, path, bad, factor, kill, kill_record, crash, signals):
+def train(run, path, bad, factor, kill, crash, signals, late):
     """Train as a rank; how it ended, its state, its steps, and where these alone lead to."""
     import torch.distributed as dist
     from longspan.errors import RunError
@@ -116,15 +113,26 @@ def train(run, path, bad, factor, kill, kill_record, crash, signals):
     from longspan.trainer.stopping import StopRequest
 
     os.environ["LONGSPAN_CACHE"] = str(path.parent / "cache")
-    directory, stop, watch = RunDirectory(path), StopRequest(), Bad(bad, factor, kill, crash)
+    directory, stop, watch = RunDirectory(path), StopRequest(), Bad(bad, factor, crash)
     stop.listen()
-    for number in signals if dist.get_rank() == 1 else ():
-        os.kill(os.getpid(), number)
+    opens = Run._open_stage
+
+    def ask(late_now):
+        for number in signals if dist.get_rank() == 1 and late_now == late else ():
+            os.kill(os.getpid(), number)
+
+    def open_and_ask(self, *where):
+        stage = opens(self, *where)
+        ask(True)
+        return stage
+
+    ask(False)
     observer = open_observer(directory, run, dist.get_rank())
     with ExitStack() as patches:
         patches.enter_context(patch.object(Engine, "train_step", watch(Engine.train_step)))
-        if kill_record:
-            die = patch.object(going_back, "write_rewinds", lambda *_: os.kill(os.getpid(), 9))
+        patches.enter_context(patch.object(Run, "_open_stage", open_and_ask))
+        if kill:
+            die = patch.object(going_back, "write_rewinds", lambda *_: signal.raise_signal(9))
             patches.enter_context(die)
         try:
             end: object = Run(directory, run, observer, stop).train()
@@ -150,16 +158,14 @@ def train(run, path, bad, factor, kill, kill_record, crash, signals):
 def run_in(worlds, corpus):
     """Train in two ranks; None when they were killed, as they were told to."""
 
-    def begin(
-        run, name, bad=(), factor=math.nan, kill=None, kill_record=False, crash=None, signals=()
-    ):
-        path, world, ends = corpus / name, worlds(2), (kill, kill_record, crash)
+    def begin(run, name, bad=(), factor=math.nan, kill=False, crash=None, signals=(), late=False):
+        path, world = corpus / name, worlds(2)
         create_or_open(path, run, "tiny")
         try:
-            return world.run(train, run, path, list(bad), factor, *ends, signals)
+            return world.run(train, run, path, list(bad), factor, kill, crash, signals, late)
         except (EOFError, OSError, RuntimeError):
             world.close()
-            if kill is None and not kill_record:
+            if not kill:
                 raise
             return None
 
@@ -221,7 +227,8 @@ def test_spikes_are_the_same_ones_after_a_crash(run_in, corpus):
 
 
 def test_a_new_stage_compares_with_its_own_steps_only(run_in, corpus):
-    run = settings(corpus, steps=4, stages=2, spike="skip", window=4, sigma=50)
+    """The first step of each is bad: the window is empty, and without it full of good steps."""
+    run = settings(corpus, steps=4, stages=2, spike="skip", window=3, sigma=50)
     assert [end for end, *_ in run_in(run, "stages", bad=[1], factor=1e6)] == [True, True]
     assert events(corpus, "skipped", "stages") == []
 
@@ -250,11 +257,12 @@ def test_a_rewind_leaves_out_the_data_and_keeps_the_number_of_steps(rewound, cor
     assert names == ["step-00000006", "step-00000008"]
 
 
-@pytest.mark.parametrize("how", [{"kill": 9}, {"kill_record": True}], ids=str)
-def test_killed_around_a_rewind_it_ends_bit_equal(run_in, corpus, rewound, how):
-    """Calls 0 to 5 end with the first rewind, 6 to 8 with the second."""
-    run, name = settings(corpus, nonfinite="rewind"), f"killed-{next(iter(how))}"
-    assert run_in(run, name, **TWICE, **how) is None
+@pytest.mark.parametrize("how", [{"crash": 9}, {"kill": True}], ids=str)
+def test_ended_around_a_rewind_it_comes_to_the_same_end(run_in, corpus, rewound, how):
+    """Calls 0 to 5 end with the first rewind, 6 to 8 with the second; a kill: before its record."""
+    run, name = settings(corpus, nonfinite="rewind"), f"ended-{next(iter(how))}"
+    ended = run_in(run, name, **TWICE, **how)
+    assert ended is None or [end for end, *_ in ended] == ["crashed"] * 2
     resumed = run_in(run, name, **TWICE)
     assert [end for end, *_ in resumed] == [True, True]
     assert [state for _, state, *_ in resumed] == [state for _, state, *_ in rewound]
@@ -293,7 +301,9 @@ def test_a_signal_to_one_rank_before_the_first_step_saves_once_and_goes_on(run_i
     assert [e["step"] for e in events(corpus, "saved", "save")] == [2, 4]
 
 
-def test_a_stop_before_the_first_step_takes_none(run_in, corpus):
-    found = run_in(settings(corpus, steps=4), "stop", signals=[signal.SIGTERM])
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "while the stage opens"])
+def test_a_stop_before_the_first_step_takes_none(run_in, corpus, late):
+    name = f"stop-{late}"
+    found = run_in(settings(corpus, steps=4), name, signals=[signal.SIGTERM], late=late)
     assert found == [(False, None, [], None)] * 2
-    assert events(corpus, "step", "stop") == [] and len(events(corpus, "stopped", "stop")) == 1
+    assert events(corpus, "step", name) == [] and len(events(corpus, "stopped", name)) == 1
