@@ -136,7 +136,7 @@ class Kills:
 
     @cached_property
     def killed(self) -> tuple[Path, dict[Point, int]]:
-        """A run that was killed in its last checkpoint, and the points of its resume."""
+        """A run that was killed in its last save, and the points of resuming it in a stage."""
         halves = {
             point: count
             for point, count in self.straight[1].items()
