@@ -109,7 +109,12 @@ class LocalStore:
             _write(part / MARKER, [marker])
             _sync(part)
             part.rename(self.path / target)
-            _sync(self.path)
+            try:
+                _sync(self.path)
+            except OSError:
+                # Nobody knows whether it would outlast a power cut: then it is not committed.
+                (self.path / target).rename(part)
+                raise
         self.point(target)
         return target
 

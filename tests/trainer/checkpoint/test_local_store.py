@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from longspan.errors import CheckpointError, RunError
+from longspan.trainer.checkpoint import local_store
 from longspan.trainer.checkpoint.folders import MARKER
 from longspan.trainer.checkpoint.local_store import LocalStore
 from longspan.trainer.checkpoint.owner import OWNER
@@ -351,3 +352,22 @@ def test_of_runs_that_claim_at_once_one_wins(tmp_path, monkeypatch, links):
     for thread in threads:
         thread.join()
     assert len(won) == 1
+
+
+def test_a_commit_that_cannot_be_made_durable_is_none(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path / "store")
+    folder, whole = store.begin(10), local_store._sync
+    store.write(folder, "a", [b"x"])
+
+    def failing(path):
+        if path == store.path:
+            raise OSError(errno.EIO, "Input/output error")
+        whole(path)
+
+    monkeypatch.setattr(local_store, "_sync", failing)
+    with pytest.raises(CheckpointError, match="cannot be committed"):
+        store.commit(folder, 10, b"m")
+    assert store.listing() == {folder: "unfinished"}
+    monkeypatch.setattr(local_store, "_sync", whole)
+    store.remove(folder)
+    assert store.commit(store.begin(10), 10, b"m") == "step-00000010"
