@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch.distributed as dist
 
 from ..errors import CheckpointError, RunError
 from .bad_steps import BadStep
+from .checkpoint.agreement import on_first_rank
 from .checkpoint.cursor import Cursor
 from .checkpoint.folders import step_of
-from .checkpoint.loader import Checkpoint, chosen
+from .checkpoint.loader import Checkpoint, chosen, refuse_damaged
 from .checkpoint.store import Store
 from .recovery_settings import RecoverySettings
 from .rewinds import Rewind, next_sample_after, read_rewinds, step_to_go_back_to, write_rewinds
@@ -33,9 +31,7 @@ class GoingBack:
 
     def __init__(self, directory: RunDirectory, store: Store, settings: RecoverySettings) -> None:
         self._directory, self._store, self._settings = directory, store, settings
-        self._first = dist.get_rank() == 0
-        found = read_rewinds(directory.rewinds) if self._first else []
-        self._rewinds: list[Rewind] = _from_rank_0(found)
+        self._rewinds = on_first_rank(lambda: read_rewinds(directory.rewinds))
 
     def where(self, cursor: Cursor) -> Cursor:
         """A checkpoint's cursor, behind the data that a rewind to it leaves out."""
@@ -69,16 +65,15 @@ class GoingBack:
                 f"{bad} is bad ({bad.reason}) and its stage has no checkpoint to go back to",
                 f"restore the one at step {begin}, with which the stage began",
             )
+        if checkpoint is not None:
+            refuse_damaged(checkpoint, str(self._directory))
         at = Cursor() if checkpoint is None else checkpoint.cursor
         if at.stage != stage:
             at = replace(at, stage=stage, stage_step=0, next_sample=0)
         left_out = bad.next_sample - self.where(at).next_sample
         rewind = Rewind(bad.step, at.step, stage, bad.next_sample, left_out)
         self._rewinds.append(rewind)
-        if self._first:
-            self._remove_after(at.step)
-            write_rewinds(self._directory.rewinds, self._rewinds)
-        dist.barrier()
+        on_first_rank(lambda: self._leave(at.step))
         return checkpoint, rewind
 
     def _choose(self, names: list[str], begin: int) -> str | None:
@@ -87,14 +82,9 @@ class GoingBack:
         step = step_to_go_back_to(steps, begin, self._settings.back)
         return None if step is None else names[steps.index(step)]
 
-    def _remove_after(self, step: int) -> None:
-        """Remove the checkpoints that are newer, the newest first."""
+    def _leave(self, step: int) -> None:
+        """Remove the checkpoints that are newer, the newest first, and record the rewind."""
         for name in reversed(self._store.committed()):
             if step_of(name) > step:
                 self._store.remove(name)
-
-
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+        write_rewinds(self._directory.rewinds, self._rewinds)

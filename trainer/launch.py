@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import RunError
+from ..errors import CheckpointError, RunError
 from .checkpoint.choice import newest_step, refuse_complete, set_aside_newer
 from .checkpoint.store import Store, open_store
 from .devices import gpu_count
@@ -117,8 +117,9 @@ def _go_on(
         return COMPLETE
     with directory.lock() as lock:
         store = open_store(run.checkpoint.where, directory.path)
+        store.claim()
         if from_step is not None:
-            set_aside_newer(store, from_step)
+            set_aside_newer(directory, run, store, from_step)
         step = newest_step(store)
         if step is not None:
             print(f"{directory}: going on from the checkpoint at step {step}", flush=True)
@@ -154,7 +155,11 @@ def _report(directory: RunDirectory, store: Store, code: int, failure: Failure |
             lines = failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
             say("\n".join(f"  {line}" for line in lines))
             say(f"  logs: {directory}/logs")
-    step = newest_step(store)
+    try:
+        step = newest_step(store)
+    except CheckpointError:  # why the ranks ended decides the exit code, not this
+        say(f"go on with:\n  longspan resume {directory}")
+        return
     if step is None:
         say("no checkpoint was written; start again with:")
     else:

@@ -15,7 +15,6 @@ from ..cache import default_cache
 from ..errors import CheckpointError
 from .bad_steps import BadStep, BadSteps
 from .checkpoint.cursor import Cursor
-from .checkpoint.folders import FolderName
 from .checkpoint.loader import Checkpoint, refuse_other_rope
 from .checkpoint.stored import StoredState
 from .conditions import machine_conditions, stage_conditions
@@ -347,7 +346,7 @@ class Run:
             "wall_s": seconds,
             "tokens_per_s": speed,
             "parameters": stage.engine.parameters,
-            "checkpoint": f"{self.saves.store}/{FolderName(cursor.step)}",
+            "checkpoint": self.saves.last,
             "stages": reports,
             "evaluations": [{"name": "held-out documents", **proof}] if proof else [],
             "exactness": self.promise.record() if self.promise else None,

@@ -52,6 +52,14 @@ def write_rewinds(path: Path, rewinds: Sequence[Rewind]) -> None:
     write_atomically(path, json.dumps([asdict(rewind) for rewind in rewinds], indent=1) + "\n")
 
 
+def forget_rewinds_after(path: Path, step: int) -> None:
+    """Forget the rewinds to later checkpoints, which a run that goes on from `step` leaves."""
+    rewinds = read_rewinds(path)
+    kept = [rewind for rewind in rewinds if rewind.to <= step]
+    if kept != rewinds:
+        write_rewinds(path, kept)
+
+
 def next_sample_after(rewinds: Sequence[Rewind], stage: int, step: int) -> int | None:
     """The sequence to go on with from the checkpoint at `step`; None: the one it names itself.
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from ..errors import CheckpointError
+from .checkpoint.agreement import on_first_rank
 from .checkpoint.cursor import Cursor
 from .checkpoint.loader import Checkpoint, newest, refuse_damaged
 from .checkpoint.saver import Outcome, Saver, State
@@ -33,6 +33,8 @@ class Saves:
         self.store = open_store(run.checkpoint.where, directory.path)
         self._saver = Saver(self.store, run.checkpoint)
         self._observer, self._run = observer, str(directory)
+        self.last = ""
+        """Where the newest checkpoint is."""
 
     def found(self) -> Checkpoint | None:
         """The newest checkpoint, every byte of which is what was written.
@@ -42,17 +44,16 @@ class Saves:
 
         Raises:
             CheckpointError: The newest is damaged.
+            RunError: The store is another run's.
         """
+        on_first_rank(self.store.claim)
         checkpoint = newest(self.store, self._run)
         if checkpoint is not None:
             refuse_damaged(checkpoint, self._run)
+            self.last = str(checkpoint.files)
         self.going_on_from(checkpoint)
-        if dist.get_rank() == 0:
-            for folder in self.store.unfinished():
-                self.store.remove(folder)
-            if checkpoint is not None:
-                self.store.point(checkpoint.name)
-                self._saver.prune()
+        if problem := on_first_rank(lambda: self._tidy(checkpoint)):
+            self._observer.warning(f"leftovers of an earlier attempt stay: {problem}")
         return checkpoint
 
     def newest(self) -> Checkpoint | None:
@@ -96,6 +97,18 @@ class Saves:
         """Give the save in flight, if there is one, the time to end; the run is over."""
         self._saver.close()
 
+    def _tidy(self, newest: Checkpoint | None) -> str:
+        """Remove what a killed attempt left; on rank 0 only. Returns what cannot be removed."""
+        try:
+            for folder in self.store.unfinished():
+                self.store.remove(folder)
+            if newest is not None:
+                self.store.point(newest.name)
+                self._saver.prune()
+        except CheckpointError as error:
+            return error.what
+        return ""
+
     def _tell(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
@@ -103,7 +116,7 @@ class Saves:
         if outcome.error is not None:
             self._observer.alarm("checkpoint", step, f"not saved: {outcome.error}")
             return
-        where = Path(f"{self.store}/{outcome.name}")
-        self._observer.saved(step, where, outcome.seconds)
+        self.last = f"{self.store}/{outcome.name}"
+        self._observer.saved(step, Path(self.last), outcome.seconds)
         if outcome.warning:
             self._observer.warning(f"after the checkpoint of step {step}: {outcome.warning}")

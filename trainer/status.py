@@ -158,9 +158,12 @@ def _newest(directory: RunDirectory) -> tuple[str | None, float | None]:
         names = store.committed()
         if not names:
             return None, None
-        return names[-1], read_manifest(CheckpointFiles(store, names[-1])).info.get("created")
     except LongspanError:
         return None, None
+    try:
+        return names[-1], read_manifest(CheckpointFiles(store, names[-1])).info.get("created")
+    except LongspanError:
+        return names[-1], None
 
 
 def _watched(directory: RunDirectory, position: Position) -> Iterator[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from .plan import model_ranks
 from .run_directory import RunDirectory, check_same_recipe, create_or_open
 from .settings import RunSettings
 
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _POLL_S = 0.2
 _WAIT_S = 120.0
 
@@ -50,8 +51,11 @@ def join_torchrun(run: RunSettings, name: str, run_dir: Path, from_step: int | N
     if rank != 0:
         return _work(directory)
     with directory.lock():
-        if from_step is not None:
-            set_aside_newer(open_store(run.checkpoint.where, directory.path), from_step)
+        # A restart of torchrun's own goes on from what was saved since.
+        if from_step is not None and os.environ.get(_RESTARTS, "0") == "0":
+            store = open_store(run.checkpoint.where, directory.path)
+            store.claim()
+            set_aside_newer(directory, run, store, from_step)
         attempt = launched(directory.events, ranks=world)
         with attempt_in_environment(attempt):
             code = _work(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -102,14 +103,27 @@ def build_index(
             if shapes.setdefault(entry.name, entry.shape) != entry.shape:
                 raise CheckpointError(f"two shapes of {entry.name}", "please report this")
             boxes.setdefault(entry.name, []).append(Stored(file, entry.box, entry.offsets))
-    for name, found in boxes.items():
-        rows, columns = matrix(shapes[name])
+    for name in sorted({*steps, *boxes}):
+        found = boxes.get(name, [])
+        wanted = math.prod(matrix(shapes[name])) if found else -1
         held = sum(at.box.size for at in found)
-        if held != rows * columns:
+        if held != wanted or _overlap([at.box for at in found]):
             raise CheckpointError(
-                f"the ranks have {held} elements of {name}, which has {rows * columns}; the "
-                "checkpoint was not written",
+                f"the ranks have other elements of {name} than it has; the checkpoint was not "
+                "written",
                 "please report this with the recipe",
             )
     parameters = {name: StoredParameter(shapes[name], tuple(at)) for name, at in boxes.items()}
     return Index(dtype, parameters, steps)
+
+
+def _overlap(boxes: list[Box]) -> bool:
+    """Whether two boxes have an element in common."""
+    ordered = sorted(boxes, key=lambda box: (box.row, box.column))
+    for number, box in enumerate(ordered):
+        for other in ordered[number + 1 :]:
+            if other.row >= box.row_end:
+                break
+            if box.within(other) is not None:
+                return True
+    return False

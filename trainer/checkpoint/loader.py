@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ...attention.settings import RopeSettings
 from ...errors import CheckpointError
+from .agreement import on_first_rank
 from .cursor import Cursor
 from .files import CheckpointFiles
 from .folders import step_of
@@ -67,21 +68,16 @@ def chosen(
     Raises:
         CheckpointError: As of `newest`.
     """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
+
+    def look() -> tuple[str, Manifest] | None:
         try:
             name = choose(store.committed())
-            if name is not None:
-                found = [(name, read_manifest(CheckpointFiles(store, name)), None)]
+            return None if name is None else (name, read_manifest(CheckpointFiles(store, name)))
         except CheckpointError as error:
-            found = [(None, None, _with_offer(store, run, error.what, error.fix))]
-    dist.broadcast_object_list(found)
-    if found[0] is None:
-        return None
-    name, manifest, failure = found[0]
-    if failure is not None:
-        raise CheckpointError(*failure)
-    return Checkpoint(CheckpointFiles(store, name), manifest)
+            raise CheckpointError(*_with_offer(store, run, error.what, error.fix)) from error
+
+    found = on_first_rank(look)
+    return None if found is None else Checkpoint(CheckpointFiles(store, found[0]), found[1])
 
 
 def refuse_damaged(checkpoint: Checkpoint, run: str = "RUN_DIR") -> None:
@@ -96,17 +92,17 @@ def refuse_damaged(checkpoint: Checkpoint, run: str = "RUN_DIR") -> None:
     """
     files, share = checkpoint.files, (dist.get_rank(), dist.get_world_size())
     told: list[Any] = [None] * share[1]
-    dist.all_gather_object(told, damages(files, checkpoint.manifest, share=share))
+    try:
+        mine = damages(files, checkpoint.manifest, share=share)
+    except CheckpointError as error:
+        mine = [error.what]
+    dist.all_gather_object(told, mine)
     found = [sentence for sentences in told for sentence in sentences]
     if not found:
         return
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    offer: list[Any] = [None]
-    if share[0] == 0:
-        what = f"checkpoint {files} is damaged: {found[0]}{more}"
-        offer = [_with_offer(files.store, run, what, "")]
-    dist.broadcast_object_list(offer)
-    raise CheckpointError(*offer[0])
+    what = f"checkpoint {files} is damaged: {found[0]}{more}"
+    raise CheckpointError(*on_first_rank(lambda: _with_offer(files.store, run, what, "")))
 
 
 def newest_intact(store: Store) -> str | None:

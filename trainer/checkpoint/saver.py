@@ -7,6 +7,7 @@ all have written, and on whether the committed checkpoint is what they wrote.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, LongspanError
 from .cursor import Cursor
 from .files import CheckpointFiles
 from .folders import step_of
@@ -107,6 +108,7 @@ class Saver:
         self._staging = Staging()
         self._job: _Job | None = None
         self._misses = 0
+        self._missed: CheckpointError | None = None
 
     def save(
         self, state: Callable[[], State], cursor: Cursor, info: Mapping[str, Any], *, wait: bool
@@ -127,6 +129,7 @@ class Saver:
         witness = _witness(mine.pieces, cursor.step, self._rank)
         shard = stage(mine.pieces, self._staging)
         place = _place(shard, *witness[:2])
+        info = json.loads(json.dumps(info))  # as it is now: the run goes on changing it
         job = _Job(cursor, info, mine.dtype, mine.steps, shard, (place, witness[2]), begun)
         self._job = job
         if wait or not self.settings.asynchronous:
@@ -138,9 +141,9 @@ class Saver:
     def poll(self) -> Outcome | None:
         """How the save in flight ended, once; None while it goes on. Never waits."""
         job = self._job
-        if job is None or job.outcome is None or (job.thread and job.thread.is_alive()):
+        if job is None or job.outcome is None:
             return None
-        return self.wait()
+        return self._ended()
 
     def wait(self) -> Outcome | None:
         """How the save in flight ended, when it has; None where there is none.
@@ -148,23 +151,29 @@ class Saver:
         Raises:
             CheckpointError: It was one failure too many.
         """
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join()
+        outcome = self._ended()
+        # Here and not where a save is polled: threads of ranks end at different steps.
+        if self._missed is not None and self._misses >= self.settings.misses:
+            raise CheckpointError(
+                f"{self._misses} saves in a row have failed, the last one so: {self._missed.what}",
+                f"{self._missed.fix}, then resume; older checkpoints are intact",
+            )
+        return outcome
+
+    def _ended(self) -> Outcome | None:
+        """Take note of how the save ended, once."""
         job, self._job = self._job, None
         if job is None:
             return None
-        if job.thread is not None:
-            job.thread.join()
         assert job.outcome is not None
-        outcome = job.outcome
-        if outcome.error is None:
-            self.committed, self._misses = outcome.cursor.step, 0
-            return outcome
-        self._misses += 1
-        if self._misses >= self.settings.misses:
-            raise CheckpointError(
-                f"{self._misses} saves in a row have failed, the last one so: {outcome.error.what}",
-                f"{outcome.error.fix}, then resume; older checkpoints are intact",
-            )
-        return outcome
+        self._missed = job.outcome.error
+        if self._missed is None:
+            self.committed, self._misses = job.cursor.step, 0
+        else:
+            self._misses += 1
+        return job.outcome
 
     def prune(self) -> None:
         """Remove what may go, now that the newest was read again; rank 0 only."""
@@ -199,7 +208,8 @@ class Saver:
 
     def _attempt(self, job: _Job) -> tuple[str | None, _Failure | None, str]:
         """One attempt: the committed folder, or why there is none, and a warning."""
-        folder, failure = self._first_rank(lambda: self._begin(job))
+        sizes, _ = self._everywhere(lambda: job.shard.size)
+        folder, failure = self._first_rank(lambda: self._begin(job, sum(sizes)))
         if failure is not None:
             return None, failure, ""
         told, failure = self._everywhere(lambda: self._write(folder, job))
@@ -217,8 +227,7 @@ class Saver:
         _, problem = self._first_rank(self.prune)
         return name, None, "" if problem is None else problem[0]
 
-    def _begin(self, job: _Job) -> str:
-        needed = job.shard.size * self._ranks
+    def _begin(self, job: _Job, needed: int) -> str:
         free = self.store.free()
         if free is not None and free < needed:
             raise CheckpointError(
@@ -282,7 +291,7 @@ class Saver:
 def _caught(work: Callable[[], Any]) -> tuple[Any, _Failure | None]:
     try:
         return work(), None
-    except CheckpointError as error:
+    except LongspanError as error:
         return None, (error.what, error.fix)
     except Exception as error:
         return None, (f"{type(error).__name__}: {error}", "please report this")

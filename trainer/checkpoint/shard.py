@@ -64,7 +64,10 @@ class Staging:
         """Memory for `count` fp32 numbers; what was in it is lost."""
         if self._memory.numel() < count:
             self._memory = torch.empty(0)  # gone before there is more
-            self._memory = torch.empty(count, dtype=torch.float32, pin_memory=pinned)
+            try:
+                self._memory = torch.empty(count, dtype=torch.float32, pin_memory=pinned)
+            except RuntimeError:  # the system lets only so much be pinned: a slower copy will do
+                self._memory = torch.empty(count, dtype=torch.float32)
             self._memory.zero_()  # the system gives pages when they are first written
         return self._memory[:count]
 

@@ -64,7 +64,7 @@ class StoredState:
         """A whole parameter in fp32, padding rows included."""
         shape = self.parameter(name).shape
         rows, columns = matrix(shape)
-        into = torch.empty(rows, columns)
+        into = torch.zeros(rows, columns)
         self._fill(name, kind, into, Box(0, rows, 0, columns))
         return into.view(shape)
 
@@ -98,6 +98,9 @@ class StoredState:
             )
 
     def _fill(self, name: str, kind: Kind, into: torch.Tensor, box: Box) -> None:
+        height, width = matrix(self.parameter(name).shape)
+        wanted = box.within(Box(0, height, 0, width))
+        left = 0 if wanted is None else wanted.size
         for stored in self.parameter(name).boxes:
             both = box.within(stored.box)
             if both is not None:
@@ -105,6 +108,12 @@ class StoredState:
                 rows = slice(both.row - box.row, both.row_end - box.row)
                 columns = slice(both.column - box.column, both.column_end - box.column)
                 into[rows, columns].copy_(found)
+                left -= both.size
+        if left:
+            raise CheckpointError(
+                f"{name} in checkpoint {self.files} lacks {left} elements",
+                "`longspan checkpoint verify` names the newest intact checkpoint of a run",
+            )
 
     def _rows(self, stored: Stored, kind: Kind, box: Box) -> torch.Tensor:
         """A box within a stored one."""

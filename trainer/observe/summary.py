@@ -35,7 +35,10 @@ def render_summary(directory: str, summary: Mapping[str, Any]) -> str:
     for evaluation in summary.get("evaluations", ()):
         parts += _evaluation_lines(evaluation)
     if summary.get("checkpoint"):
-        parts.append(f"  checkpoint: {directory}/checkpoints/{Path(summary['checkpoint']).name}")
+        # Inside the run's folder as the user typed it, elsewhere as it is.
+        inside, whole = str(Path(directory).absolute()), str(summary["checkpoint"])
+        shown = whole.replace(inside, directory, 1) if whole.startswith(f"{inside}/") else whole
+        parts.append(f"  checkpoint: {shown}")
     return "\n".join([*parts, *_next_commands(directory)])
 
 

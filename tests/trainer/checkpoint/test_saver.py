@@ -13,6 +13,7 @@ from longspan.trainer.checkpoint.cursor import Cursor
 from longspan.trainer.checkpoint.files import CheckpointFiles
 from longspan.trainer.checkpoint.loader import newest, refuse_damaged
 from longspan.trainer.checkpoint.local_store import LocalStore
+from longspan.trainer.checkpoint.manifest import read_manifest
 from longspan.trainer.checkpoint.saver import Saver, State
 from longspan.trainer.checkpoint.settings import CheckpointSettings
 from longspan.trainer.checkpoint.shard import Piece
@@ -40,7 +41,10 @@ def save_three(folder: str):
     for step in (1, 2, 3):
         state = state_of(rank, step)
         saver.wait()
-        saver.save(lambda state=state: state, Cursor(step=step), {"n": step}, wait=step == 3)
+        skipped = [step]
+        info = {"skipped": skipped}
+        saver.save(lambda state=state: state, Cursor(step=step), info, wait=step == 3)
+        skipped.append(-1)  # the run goes on
         for tensor in state.pieces[0].tensors:
             tensor.fill_(-1)
     outcome = saver.wait()
@@ -50,7 +54,8 @@ def save_three(folder: str):
     full = [
         stored.full("w", kind).unique().tolist() for kind in ("weight", "exp_avg", "exp_avg_sq")
     ]
-    return outcome.name, full, stored.index.steps, saver.store.committed()
+    saved = read_manifest(CheckpointFiles(saver.store, "step-00000002")).info["skipped"]
+    return outcome.name, full, stored.index.steps, saver.store.committed(), saved
 
 
 def test_what_is_committed_is_the_state_of_its_step(worlds, tmp_path):
@@ -60,6 +65,7 @@ def test_what_is_committed_is_the_state_of_its_step(worlds, tmp_path):
             [[3.0], [4.0], [5.0]],
             {"w": 3},
             ["step-00000002", "step-00000003"],
+            [2],
         )
 
 

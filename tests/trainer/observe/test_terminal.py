@@ -67,7 +67,7 @@ stage=short step=1/14 loss=8.2500 grad_norm=1.500 lr=3.00e-04 tokens=1000 tokens
 stage=short step=3/14 loss=8.2500 grad_norm=1.500 lr=3.00e-04 tokens=3000 tokens/s=500 eta=1m22s
 stage=short step=4/14 loss=8.2500 grad_norm=1.500 lr=3.00e-04 tokens=4000 tokens/s=500 eta=1m20s
 evaluated held_out at step 4: loss=6.75 sequences=16
-saved step 4 in 0.2 s
+saved step 4 in 0.2 s, training waited 0.1 s
 warning: look out
 """
 RENDERED = """
@@ -82,7 +82,7 @@ run complete: runs/tiny
     1,024 to 4,095  5.0000  196,608
   context beyond 1,024 tokens: loss 5.0000 with all of it, 5.1200 with the last 1,024 to 1,535 only
   gain +0.1200 +- 0.0300 over 64 documents (4.0 standard errors): the model uses its context
-  checkpoint: runs/tiny/checkpoints/step-14
+  checkpoint: /somewhere/runs/tiny/checkpoints/step-14
 next:
   longspan export runs/tiny runs/tiny-hf --verify    its model for transformers
   longspan check runs/tiny/recipe.yaml    what this run computed
