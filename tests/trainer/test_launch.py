@@ -29,7 +29,7 @@ def wait():
         time.sleep(0.01)
 
 def save_and_stop():
-    step = run_dir / "checkpoints" / "step-40"
+    step = run_dir / "checkpoints" / "step-00000040"
     step.mkdir(exist_ok=True)
     (step / "COMMITTED").touch()
     sys.exit(75)
@@ -307,8 +307,8 @@ def test_a_complete_run_is_left_alone(tmp_path, worker, capfd):
 
 def test_an_incomplete_run_goes_on_and_says_from_where(tmp_path, worker, capfd):
     directory = create_or_open(tmp_path / "run", settings(), "tiny")
-    (directory.checkpoints / "step-20").mkdir()
-    (directory.checkpoints / "step-20" / "COMMITTED").touch()
+    (directory.checkpoints / "step-00000020").mkdir()
+    (directory.checkpoints / "step-00000020" / "COMMITTED").touch()
     assert launch.train(settings(), "tiny", directory.path, worker("clean")) == 0
     assert "going on from the checkpoint at step 20" in capfd.readouterr().out
 

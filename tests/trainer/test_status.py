@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from longspan.errors import RunError
 from longspan.trainer import launch
+from longspan.trainer.checkpoint.cursor import Cursor
+from longspan.trainer.checkpoint.local_store import LocalStore
+from longspan.trainer.checkpoint.manifest import MANIFEST, Manifest, marker_of
 from longspan.trainer.failure import LAUNCHER_PID
 from longspan.trainer.observe.attempts import ATTEMPT
 from longspan.trainer.observe.events import EventLog, read_events
@@ -188,15 +191,18 @@ def test_status_shows_the_newest_position_and_its_age(directory):
     for number in (1, 2, 3):
         time.sleep(0.02)
         log.write("step", **step, step=number, stage_step=number, tokens=1024 * number)
-    (directory.checkpoints / "step-2").mkdir()
-    (directory.checkpoints / "step-2" / "COMMITTED").touch()
+    manifest = Manifest(Cursor(step=2), {}, {"created": time.time()}).to_json()
+    store = LocalStore(directory.checkpoints)
+    folder = store.begin(2)
+    store.write(folder, MANIFEST, [manifest])
+    name = store.commit(folder, 2, marker_of(manifest))
     found = read_status(directory)
     shown = render_status(found)
     assert "  step 3 of 16, 3,072 tokens, loss 2.5000\n  stage short, step 3 of 8\n" in shown
-    assert "last event: step, 0s ago" in shown and "newest checkpoint: step-2, 0s ago" in shown
+    assert "last event: step, 0s ago" in shown and f"newest checkpoint: {name}, 0s ago" in shown
     values = found.as_dict()
     assert json.loads(json.dumps(values)) == values
-    assert (values["state"], values["step"], values["checkpoint"]) == ("lost", 3, "step-2")
+    assert (values["state"], values["step"], values["checkpoint"]) == ("lost", 3, name)
     log.write("restored", step=2, seconds=0.001)
     assert "  step 2 of 16\n  stage short\n" in render_status(read_status(directory))
 
