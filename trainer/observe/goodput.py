@@ -22,7 +22,7 @@ from .events import read_events
 
 BUCKETS = {
     "productive": "steps that count in the end",
-    "recomputed": "steps whose result was lost in a restart or a rewind",
+    "recomputed": "steps that were skipped, or lost in a restart or a rewind",
     "save": "training waited for a checkpoint",
     "restore": "a checkpoint was loaded",
     "start_up": "from a launch, or between stages, to the first step",
@@ -183,6 +183,11 @@ class _Sweep:
             self._start_up()
         elif name == "step":
             self._step(event)
+        elif name == "skipped":
+            self._take("recomputed", self._typical())
+        elif name == "rewound":
+            self._lose(_whole(event.get("to")) + 1)
+            self._take("recomputed", self._typical())
         elif name == "restored":
             self._lose(_whole(event.get("step")) + 1)
             self._take("restore", _ticks(event.get("seconds")))

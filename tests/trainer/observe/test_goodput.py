@@ -140,6 +140,13 @@ def test_a_save_in_the_background_costs_what_training_waited():
     assert story.buckets() == {"start_up": 5.0, "productive": 4.0, "save": 0.25}
 
 
+def test_a_bad_step_costs_its_time_and_a_rewind_what_came_after_the_checkpoint():
+    story = started().steps(1, 3).then(1.0, "skipped", step=4).steps(5, 6)
+    assert story.buckets() == {"start_up": 5.0, "productive": 5.0, "recomputed": 1.0}
+    story.then(1.0, "rewound", to=2, **{"from": 7}).then(0.0, "stopped")
+    assert story.buckets() == {"start_up": 5.0, "productive": 2.0, "recomputed": 5.0}
+
+
 def test_a_clock_that_goes_back_makes_no_time_and_loses_none():
     story = started().steps(1, 2)
     story.now -= 100.0
@@ -167,7 +174,17 @@ def test_so_far_counts_up_to_now(tmp_path):
 
 
 NAMES = ["queued", "launched", "run_started", "restored", "stage_started", "canary", "step"]
-NAMES += ["evaluated", "saving", "saved", "alarm", "finished", "stopped", "ended"]
+NAMES += [
+    "skipped",
+    "rewound",
+    "evaluated",
+    "saving",
+    "saved",
+    "alarm",
+    "finished",
+    "stopped",
+    "ended",
+]
 WILD = st.sampled_from([None, "x", True, -3, 7, -0.5, 1e300, math.inf, math.nan, []])
 SECONDS = st.one_of(st.floats(0, 20), WILD)
 FIELDS = {
