@@ -138,7 +138,7 @@ def test_a_credential_under_a_setting_that_does_not_exist_is_not_repeated():
 
 
 def test_the_command_line_prints_none(monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise RunError(f"cannot reach https://me:{SECRET}@host", f"set TOKEN={SECRET}")
 
     monkeypatch.setattr("sys.argv", ["longspan", "resume", "run"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.cases import load_and_go_on, save_then_go_on, take_step
+from support.grid import sample
 from support.mechanism_cases import MECHANISMS, SEER
 from support.tiny import VOCAB, tiny_run
 
@@ -53,7 +54,7 @@ def assert_goes_on(worlds, folder, saved, loaded, layouts=LAYOUTS, **model):
             assert one == pytest.approx(other, rel=1e-5), f"{saved} -> {name}"
 
 
-@pytest.mark.parametrize("mechanism", ["dense", "nsa", "ssa", "indexer"])
+@pytest.mark.parametrize("mechanism", ["dense", *sample("resharded", ["nsa", "ssa", "indexer"], 1)])
 def test_context_ranks_go_on_under_any_layout(worlds, tmp_path, mechanism):
     model = {"stage__attention": MECHANISMS[mechanism]} if mechanism != "dense" else {}
     assert_goes_on(worlds, tmp_path, "cp2", LAYOUTS, **model)
