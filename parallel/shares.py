@@ -77,13 +77,16 @@ class Stock:
         first, last = self.first[document], self.last[document]
         before, size = self.load[document], self.size[document]
         del self.order[bisect_left(self.order, (before / size, document))]
-        after, left = 0, size - head - tail
-        if left:
-            after = self.up_to(last - tail) - self.up_to(first + head)
-            insort(self.order, (after / left, document))
+        left = size - head - tail
+        self.tokens -= head + tail
+        if not left:
+            self.size[document] = self.load[document] = 0
+            self.work -= before
+            return [(document, first, last)]
+        after = self.up_to(last - tail) - self.up_to(first + head)
+        insort(self.order, (after / left, document))
         self.first[document], self.last[document] = first + head, last - tail
         self.size[document], self.load[document] = left, after
-        self.tokens -= head + tail
         self.work -= before - after
         parts = [(document, first, first + head)] if head else []
         return [*parts, (document, last - tail, last)] if tail else parts
@@ -228,12 +231,13 @@ class Rank:
         return low
 
     def _take(self, document: int, head: int = 0, tail: int = 0) -> None:
-        before = self.stock.work
-        self.parts += self.stock.take(document, head, tail)
-        self.tokens -= head + tail
-        self.room -= head + tail
-        self.least -= head + tail
-        self.work -= before - self.stock.work
+        stock, taken = self.stock, head + tail
+        before = stock.work
+        self.parts += stock.take(document, head, tail)
+        self.tokens -= taken
+        self.room -= taken
+        self.least -= taken
+        self.work -= before - stock.work
 
     def _sparsest(self, last: int = -1) -> Iterator[int]:
         """Documents by work per token, one of them last."""
@@ -310,9 +314,9 @@ class Rank:
         """Takes documents in this order, the last one in part only where it must."""
         stock = self.stock
         for document in filling.documents:
-            size, must = stock.size[document], self.least > 0
             if self.tokens <= 0:
                 return
+            size, must = stock.size[document], self.least > 0
             if not size:
                 continue
             heavy = stock.load[document] > self.work + self.over
