@@ -24,9 +24,12 @@ from library import MECHANISMS
 from longspan.attention.layer_settings import AttentionSettings
 from longspan.cache import default_cache
 from longspan.parallel.settings import ParallelSettings
+from longspan.trainer.checkpoint.local_store import LocalStore
+from longspan.trainer.checkpoint.stored import StoredState
+from longspan.trainer.checkpoint.survey import committed_at
 from longspan.trainer.data.corpus import prepare_corpus
 from longspan.trainer.data.samples import HeldOutSamples
-from longspan.trainer.engine.checkpoint import load_engine
+from longspan.trainer.engine.checkpoint import load_state
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.evaluation import held_out_loss
 from longspan.trainer.run_directory import RunDirectory
@@ -129,9 +132,8 @@ def evaluated(run_dir: Path, mechanism: dict[str, Any]) -> float:
         progress=False,
     )
     engine = Engine(run, stage, run.model.vocab or corpus.vocab)
-    newest = directory.newest_checkpoint()
-    assert newest is not None
-    load_engine(engine, newest, optimizer=False)
+    newest = committed_at(LocalStore(directory.checkpoints), None)
+    load_state(engine, StoredState(newest), optimizer=False)
     held_out = HeldOutSamples(corpus.held_out, stage.length)
     return held_out_loss(engine, [held_out[number] for number in range(run.evaluation.sequences)])
 

@@ -161,17 +161,6 @@ class RunDirectory:
         """Record that the run was trained to its end; call on rank 0 only."""
         write_atomically(self.complete, json.dumps(redact(summary), indent=2) + "\n")
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, as this process sees it; ranks ask rank 0 instead."""
-        marks = self.checkpoints.glob("step-*/COMMITTED")
-        folders = [mark.parent for mark in marks if mark.parent.name[5:].isdigit()]
-        return max(folders, key=lambda folder: int(folder.name[5:]), default=None)
-
-    def newest_checkpoint_step(self) -> int | None:
-        """Its step, for messages."""
-        newest = self.newest_checkpoint()
-        return None if newest is None else int(newest.name[5:])
-
     def owner(self) -> Owner | None:
         """See `holder`."""
         return holder(self.path / _LOCK)

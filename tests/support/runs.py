@@ -10,26 +10,14 @@ from longspan.trainer.checkpoint.shard import Piece
 from longspan.trainer.checkpoint.store import open_store
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import RunSettings
+from support.short_run import short_run
 
 SHAPES = {"layer.0.weight": (4, 3), "embedding.word_embeddings.weight": (6, 2), "norm": (5,)}
 
 
 def settings(**changes) -> RunSettings:
     """Of a run with one stage."""
-    stage = {
-        "name": "short",
-        "length": 256,
-        "tokens": 8192,
-        "batch_tokens": 1024,
-        "data": {"sources": [{"kind": "text", "paths": ["a/*.txt"]}]},
-    }
-    raw = {
-        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
-        "tokenizer": {"kind": "train", "vocab": 512},
-        "stages": [stage],
-        "checkpoint": {"every": 10, "keep": 9},
-    }
-    return RunSettings.model_validate({**raw, **changes})
+    return short_run(**{"checkpoint": {"every": 10, "keep": 9}} | changes)
 
 
 def state(seed: int, shapes=SHAPES) -> State:

@@ -16,6 +16,7 @@ from longspan.trainer.devices import usable_cores
 from longspan.trainer.failure import LAUNCHER_PID, read_failures, record_failure
 from longspan.trainer.run_directory import RunDirectory, create_or_open
 from longspan.trainer.settings import RunSettings
+from support.short_run import short_run
 
 WORKER = """
 import os, signal, sys, time
@@ -99,21 +100,7 @@ sys.exit(launch.resume(Path(sys.argv[-1]), sys.argv[1:-1]))
 
 
 def settings(**changes) -> RunSettings:
-    stage = {
-        "name": "short",
-        "length": 256,
-        "tokens": 8192,
-        "batch_tokens": 1024,
-        "data": {"sources": [{"kind": "python-stdlib"}]},
-    }
-    raw = {
-        "ranks": 2,
-        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
-        "tokenizer": {"kind": "train", "vocab": 512},
-        "tracking": {"wandb": "off"},
-        "stages": [stage],
-    }
-    return RunSettings.model_validate({**raw, **changes})
+    return short_run(**{"ranks": 2} | changes)
 
 
 @pytest.fixture(autouse=True)

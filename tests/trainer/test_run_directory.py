@@ -9,22 +9,12 @@ import pytest
 from longspan.errors import RunError
 from longspan.trainer.run_directory import RunDirectory, create_or_open, write_atomically
 from longspan.trainer.settings import RunSettings
+from support.short_run import STAGE, short_run
 
 
 def settings(**changes) -> RunSettings:
-    stage = {
-        "name": "short",
-        "length": 256,
-        "tokens": 8192,
-        "batch_tokens": 1024,
-        "data": {"sources": [{"kind": "text", "paths": ["a/*.txt"]}]},
-    }
-    raw = {
-        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
-        "tokenizer": {"kind": "train", "vocab": 512},
-        "stages": [stage, {**stage, "name": "long", "length": 1024}],
-    }
-    return RunSettings.model_validate({**raw, **changes})
+    stage = {**STAGE, "data": {"sources": [{"kind": "text", "paths": ["a/*.txt"]}]}}
+    return short_run(**{"stages": [stage, {**stage, "name": "long", "length": 1024}]} | changes)
 
 
 def everything(path):
@@ -118,16 +108,6 @@ def test_complete_only_with_a_whole_summary(tmp_path):
     assert directory.is_complete() and directory.read_summary() == {"tokens": 5}
     directory.complete.write_text('{"tokens"')
     assert not directory.is_complete()
-
-
-def test_the_newest_checkpoint_is_the_highest_committed_step(tmp_path):
-    directory = create_or_open(tmp_path / "run", settings(), "tiny")
-    assert directory.newest_checkpoint_step() is None
-    for name, committed in (("step-9", 1), ("step-100", 1), ("step-200", 0), ("step-x", 1)):
-        (directory.checkpoints / name).mkdir()
-        if committed:
-            (directory.checkpoints / name / "COMMITTED").touch()
-    assert directory.newest_checkpoint_step() == 100
 
 
 def test_a_torn_write_keeps_the_old_file(tmp_path, monkeypatch):

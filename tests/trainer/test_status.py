@@ -22,6 +22,7 @@ from longspan.trainer.observe.events import EventLog, read_events
 from longspan.trainer.run_directory import RunDirectory, create_or_open
 from longspan.trainer.settings import RunSettings
 from longspan.trainer.status import read_status, render_status
+from support.short_run import short_run
 
 WORKER = """
 import os, signal, sys, time
@@ -58,21 +59,7 @@ sys.exit(launch.resume(Path(sys.argv[-1]), sys.argv[1:-1]))
 
 
 def settings() -> RunSettings:
-    stage = {
-        "name": "short",
-        "length": 256,
-        "tokens": 8192,
-        "batch_tokens": 1024,
-        "data": {"sources": [{"kind": "python-stdlib"}]},
-    }
-    raw = {
-        "ranks": 1,
-        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
-        "tokenizer": {"kind": "train", "vocab": 512},
-        "tracking": {"wandb": "off"},
-        "stages": [stage],
-    }
-    return RunSettings.model_validate(raw)
+    return short_run(ranks=1)
 
 
 @pytest.fixture(autouse=True)

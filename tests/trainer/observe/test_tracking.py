@@ -14,26 +14,14 @@ from longspan.trainer.observe.observer import open_observer
 from longspan.trainer.observe.sink import Sink, StepMetrics
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import RunSettings, TrackingSettings
+from support.short_run import short_run
 
 AUTO = TrackingSettings()
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 def settings(mode="offline") -> RunSettings:
-    stage = {
-        "name": "short",
-        "length": 256,
-        "tokens": 8192,
-        "batch_tokens": 1024,
-        "data": {"sources": [{"kind": "python-stdlib"}]},
-    }
-    raw = {
-        "model": {"hidden": 64, "layers": 2, "heads": 4, "ffn_hidden": 128},
-        "tokenizer": {"kind": "train", "vocab": 512},
-        "tracking": {"wandb": mode, "project": "tiny"},
-        "stages": [stage],
-    }
-    return RunSettings.model_validate(raw)
+    return short_run(tracking={"wandb": mode, "project": "tiny"})
 
 
 def metrics(step) -> StepMetrics:
