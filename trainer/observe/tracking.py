@@ -128,6 +128,7 @@ class Tracking(Sink):
         fields += ["mfu"] if metrics.mfu is not None else []
         fields += ["context_bytes", "context_wait_s"] if metrics.context_bytes else []
         fields += ["imbalance"] if metrics.imbalance is not None else []
+        fields += ["peak_bytes"] if metrics.peak_bytes is not None else []
         values = {field: getattr(metrics, field) for field in fields} | dict(metrics.losses)
         values = {f"train/{field}": value for field, value in values.items()}
         self._send("log", {"step": metrics.step, "tokens": metrics.tokens, **values})
