@@ -1,8 +1,9 @@
 """Training on a GPU, as a user starts it: speed, memory, agreement with a CPU, kill and resume.
 
-First small runs side by side: each mechanism on the GPU in fp32 and bf16 and on the CPU in fp32,
-one that is killed and one that is asked to stop, which then go on. Last, by itself, a larger model
-goes through all mechanisms, a stage each. Whatever fails is told, and the rest goes on.
+Small runs side by side: each mechanism on the GPU in fp32 and bf16 and on the CPU in fp32, one that
+is killed and one that is asked to stop, which then go on. And a larger model that goes through all
+mechanisms, a stage each: after them, by itself, but with --quick beside them, so that its figures
+are a lower bound. Whatever fails is told, and the rest goes on.
 Run: python benchmarks/gpu_training.py --quick (under 2 minutes on an H100)
 """
 
@@ -116,16 +117,24 @@ class Trained:
             )
         return self
 
-    def wait(self, until: float) -> int:
-        """Its exit code; -9 where it had to be ended at `until`, in seconds of the clock."""
-        assert self.process is not None
-        try:
-            code = self.process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    def ended(self) -> bool:
+        """Whether it has; then its exit code is known."""
+        code = None if self.process is None else self.process.poll()
+        if code is not None:
+            self.codes.append(code)
+            self.process = None
+        return code is not None
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends its launcher a signal."""
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Ends it at once; the ranks end with their launcher."""
+        if self.process is not None:
             self.process.kill()
-            code = self.process.wait()
-        self.codes.append(code)
-        return code
+            self.codes.append(self.process.wait())
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Those of a kind; half-written lines are left out."""
@@ -214,7 +223,7 @@ class Session:
     def new(self, name: str, *, on_cpu: bool = False) -> Trained:
         """A run that is not started."""
         # What the GPU computes needs little of the CPU.
-        threads = max(1, (os.cpu_count() or 1) // (4 if on_cpu else 8))
+        threads = max(1, (os.cpu_count() or 1) // 8)
         run = self.runs[name] = Trained(name, self.folder, on_cpu, threads)
         return run
 
@@ -222,53 +231,43 @@ class Session:
         """The recipe of a small run."""
         return recipe(SMALL, [name], precision, self.args.small_steps, self.args.small_length)
 
-    def side_by_side(self) -> None:
-        """The small runs; those that are interrupted are left where they ended."""
+    def train(self) -> None:
+        """All runs. Where time is short the large one does not wait for the small ones."""
         names, last = self.args.mechanisms, self.args.mechanisms[-1]
-        # The CPU's run alone makes the data that all others wait for.
-        others = [
+        if self.args.quick:
+            self._start_large()
+        for name in names:
             self.new(f"cpu-fp32-{name}", on_cpu=True).start(self.small(name, "fp32"))
-            for name in names
-        ]
-        killed = self.new("killed").start(self.small(last, "fp32"))
-        stopped = self.new("stopped").start(self.small(names[0], "bf16"))
-        for precision in ("fp32", "bf16"):
+        self.new("killed").start(self.small(last, "fp32"))
+        self.new("stopped").start(self.small(names[0], "bf16"))
+        for precision in ("bf16", "fp32"):
             for name in names:
-                run = self.new(f"gpu-{precision}-{name}")
-                others.append(run.start(self.small(name, precision)))
-        by = min(self.until, self.begun + 0.65 * self.args.seconds)
-        self._interrupt({killed: signal.SIGKILL, stopped: signal.SIGTERM}, by)
-        self._expect(killed, -signal.SIGKILL, killed.wait(by))
-        self._expect(stopped, 75, stopped.wait(by))
-        for run in others:
-            self._expect(run, 0, run.wait(by))
-        self._tell("small runs ended")
+                self.new(f"gpu-{precision}-{name}").start(self.small(name, precision))
+        half = self.args.small_steps // 2
+        signals = {"killed": (signal.SIGKILL, half), "stopped": (signal.SIGTERM, half)}
+        after = {"killed": -signal.SIGKILL, "stopped": 75}
+        going = dict(self.runs)
+        while going and time.monotonic() < self.until:
+            for name, run in list(going.items()):
+                if name in signals and len(run.steps()) >= signals[name][1]:
+                    run.send(signals.pop(name)[0])
+                if run.ended():
+                    del going[name]
+                    self._expect(run, after.pop(name, 0))
+                    if name in ("killed", "stopped") and len(run.codes) == 1:
+                        going[name] = run.start()
+            if not going and "large" not in self.runs:
+                self._start_large()
+                going["large"] = self.runs["large"]
+            time.sleep(0.02)
+        for run in going.values():
+            run.end()
+            self._expect(run, 0)
 
-    def _interrupt(self, signals: dict[Trained, signal.Signals], until: float) -> None:
-        """Sends each run its signal once it is half through."""
-        while signals and time.monotonic() < until:
-            for run, number in list(signals.items()):
-                assert run.process is not None
-                half = len(run.steps()) >= self.args.small_steps // 2
-                if half:
-                    run.process.send_signal(number)
-                if half or run.process.poll() is not None:
-                    del signals[run]
-            time.sleep(0.01)
-
-    def alone(self) -> None:
-        """The large run; the interrupted ones go on while it starts."""
-        args = self.args
-        large = self.new("large")
+    def _start_large(self) -> None:
+        args, large = self.args, self.new("large")
         large.threads = max(1, (os.cpu_count() or 1) // 2)
         large.start(recipe(LARGE, args.mechanisms, "bf16", args.steps, args.length))
-        for name in ("killed", "stopped"):
-            self.runs[name].start()
-        for name in ("killed", "stopped"):
-            self._expect(self.runs[name], 0, self.runs[name].wait(self.until))
-        self._tell("interrupted runs ended")
-        self._expect(large, 0, large.wait(self.until))
-        self._tell("large run ended")
 
     def judge(self) -> None:
         """Compares the losses of runs that should have the same ones."""
@@ -288,14 +287,14 @@ class Session:
         found["ok"] = whole and apart is not None and apart <= tolerance
         self.verdicts[f"{one.name} beside {other.name}"] = found
 
-    def _expect(self, run: Trained, expected: int, code: int) -> None:
-        ok = code == expected
-        self.verdicts[f"{run.name}, start {len(run.codes)}"] = {"exit_code": code, "ok": ok}
-        if not ok:
-            run.show()
-
-    def _tell(self, text: str) -> None:
+    def _expect(self, run: Trained, expected: int) -> None:
+        code = run.codes[-1]
+        found = {"exit_code": code, "seconds": time.monotonic() - run.begun, "ok": code == expected}
+        self.verdicts[f"{run.name}, start {len(run.codes)}"] = found
+        text = f"{run.name} ended with {code} after {found['seconds']:.1f} s"
         print(f"[{time.monotonic() - self.begun:6.1f} s] {text}", flush=True)
+        if code != expected:
+            run.show()
 
     def results(self) -> dict[str, Any]:
         """Everything, for the file."""
@@ -362,7 +361,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("LONGSPAN_CACHE", str(folder / "cache"))
         session = Session(args, folder)
-        for part in (session.side_by_side, session.alone, session.judge):
+        for part in (session.train, session.judge):
             try:
                 part()
             except Exception as error:  # what the other parts find out is worth having
