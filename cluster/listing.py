@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import LongspanError
+from ..redact import redact_text
 from ..trainer.observe.terminal import duration
 from ..trainer.run_directory import RunDirectory
 from ..trainer.status import read_status, render_status
@@ -96,7 +97,7 @@ def _from_afar(standing: Standing) -> list[str]:
     lines.append(f"  folder: {standing.record.run_dir} (not visible from here, or not there yet)")
     if standing.job is not None:
         try:
-            text = Jobs(cluster_of(record)).logs(standing.job.id)
+            text = redact_text(Jobs(cluster_of(record)).logs(standing.job.id))
         except LongspanError:
             text = ""
         last = [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]

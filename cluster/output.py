@@ -89,25 +89,34 @@ def _follow_job(jobs: Jobs, job: Job, stream: TextIO) -> Job | None:
     """Print a job's output until it ends; a connection that breaks off is opened again."""
     printed, failed = 0, 0
     while True:
-        at = 0
         try:
-            for text in jobs.follow(job.id):
-                # It starts from the beginning every time.
-                new = text[max(0, printed - at) :]
-                at += len(text)
-                if new:
-                    printed, failed = max(printed, at), 0
-                    stream.write(redact_text(new))
-                    stream.flush()
+            for line in _whole_lines(jobs.follow(job.id), printed):
+                printed, failed = printed + len(line), 0
+                stream.write(redact_text(line))
+                stream.flush()
             current = jobs.get(job.id)
             if current is None or not current.is_live:
                 return current
-            failed += 1
         except ClusterError:
-            failed += 1
-            if failed > _RETRIES:
+            if failed >= _RETRIES:
                 raise
-        time.sleep(_RETRY_S if failed else 0)
+        failed += 1
+        time.sleep(_RETRY_S)
+
+
+def _whole_lines(parts: Iterator[str], skip: int) -> Iterator[str]:
+    """The lines of a text that comes in parts, without its first characters.
+
+    A line is what is cleaned of credentials: half of one is not recognised.
+    """
+    rest = ""
+    for part in parts:
+        skipped = min(skip, len(part))
+        skip -= skipped
+        *lines, rest = (rest + part[skipped:]).split("\n")
+        yield from (f"{line}\n" for line in lines)
+    if rest:
+        yield rest
 
 
 def _of_rank(directory: RunDirectory, rank: int, stream: TextIO, follow: bool) -> int:

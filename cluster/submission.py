@@ -103,7 +103,7 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
         say(line)
     wheel = build_wheel()
     if order.dry_run:
-        say(f"code: {wheel.path.name}, {wheel.path.stat().st_size / 1024:,.0f} KiB")
+        say(f"code     {wheel.path.name}, {wheel.path.stat().st_size / 1024:,.0f} KiB")
         return Submitted(record, "dry")
     text = resolved(recipe.run(), recipe.name)
     return Submitted(_send(record, text, recipe.run(), jobs, registry), "new")
