@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +28,7 @@ from .submission import cluster_of
 _POLL_S = 0.5
 _RETRY_S = 3.0
 _RETRIES = 20
+_STEP_EVERY_S = 10.0
 _CODES = {"complete": COMPLETE, "stopped": STOPPED, "interrupted": INTERRUPTED}
 
 
@@ -147,6 +150,7 @@ def _of_events(directory: RunDirectory, stream: TextIO, follow: bool) -> int:
             event = json.loads(line)
             if isinstance(event, dict):
                 replay.see(event)
+    replay.flush()
     logs = sorted(file.name for file in directory.logs.glob("rank-*.log"))
     if logs and not follow:
         shown = logs[0] if len(logs) == 1 else f"{logs[0]} to {logs[-1]}"
@@ -186,8 +190,11 @@ class Replay:
     """
 
     def __init__(self, directory: RunDirectory, stream: TextIO) -> None:
-        self._time, self._started = 0.0, False
-        self._terminal = Terminal(str(directory), stream, live=False, clock=lambda: self._time)
+        self._time, self._shown_at = 0.0, -math.inf
+        self._waiting: StepMetrics | None = None
+        # Its own clock would leave out what passes quickly now, and took long then.
+        clock = itertools.count(step=3600.0).__next__
+        self._terminal = Terminal(str(directory), stream, live=False, clock=clock)
         self.code = CRASHED
         """The exit code of the newest attempt that has ended."""
 
@@ -195,7 +202,25 @@ class Replay:
         """Print one event, if a terminal shows it; one that is torn or strange is left out."""
         with suppress(KeyError, TypeError, ValueError, AttributeError):
             self._time = float(event["time"])
+            if event["event"] == "step":
+                names = {part.name for part in fields(StepMetrics)} & event.keys()
+                self._step(StepMetrics(**{name: event[name] for name in names}))
+                return
+            if event["event"] in ("ended", "stopped", "finished"):
+                self.flush()
             self._see(str(event["event"]), event)
+
+    def flush(self) -> None:
+        """Print the newest step, if it is not there yet."""
+        if self._waiting is not None:
+            self._terminal.step(self._waiting)
+            self._waiting, self._shown_at = None, self._time
+
+    def _step(self, metrics: StepMetrics) -> None:
+        self._waiting = metrics
+        edge = metrics.stage_step in (1, metrics.stage_steps)
+        if edge or self._time - self._shown_at >= _STEP_EVERY_S:
+            self.flush()
 
     def _see(self, name: str, event: Mapping[str, Any]) -> None:
         out = self._terminal
@@ -212,9 +237,6 @@ class Replay:
             known = ("event", "time", "attempt", "stage", "index")
             info = {key: value for key, value in event.items() if key not in known}
             out.stage_started(event["stage"], event["index"], info)
-        elif name == "step":
-            names = {part.name for part in fields(StepMetrics)} & event.keys()
-            out.step(StepMetrics(**{name: event[name] for name in names}))
         elif name == "canary":
             out.compared(event["step"], event)
         elif name == "alarm":

@@ -130,10 +130,10 @@ def _too_many(recipe: Recipe, ranks: int, cluster: Cluster, shape: Shape) -> Ite
     unit = "GPU" if shape.total_gpus else "CPU core"
     expected = f"at most {count(most, unit)}: cluster {cluster.name} has {shape.words}"
     expected += f", says {shape.said_by}"
-    fix = f"ranks: {most} and smaller parallel degrees, or another cluster"
+    fixes = [f"ranks: {most} and smaller parallel degrees, or another cluster"] if most else []
     if shape.said_by != "clusters.yaml":
-        fix += f"; for a cluster that grows, write nodes: of {cluster.name} in clusters.yaml"
-    yield Problem("ranks", str(ranks), expected, fix)
+        fixes.append(f"for a cluster that grows, nodes: of {cluster.name} in clusters.yaml")
+    yield Problem("ranks", str(ranks), expected, "; ".join(fixes))
 
 
 def _relative(recipe: Recipe) -> Iterator[Problem]:

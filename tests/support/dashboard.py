@@ -29,7 +29,7 @@ class Dashboard:
 
     Attributes:
         token: What it asks for; None: it answers everybody.
-        nodes: GPUs and cores of each node.
+        nodes: GPUs and cores of each node; None: it does not say.
         version: Of Ray.
         starts_as: The status of a new job.
         refuses: A text that new jobs are refused with.
@@ -42,7 +42,7 @@ class Dashboard:
     """
 
     token: str | None = "right-token-0123456789"
-    nodes: list[tuple[int, int]] = field(default_factory=lambda: [(0, 4), (0, 4)])
+    nodes: list[tuple[int, int]] | None = field(default_factory=lambda: [(0, 4), (0, 4)])
     version: str = "2.60.0"
     starts_as: str = "RUNNING"
     refuses: str = ""
@@ -124,6 +124,8 @@ class Dashboard:
         return web.json_response({"version": "4", "ray_version": self.version})
 
     async def _nodes(self, request: web.Request) -> web.Response:
+        if self.nodes is None:
+            return web.json_response({"result": False, "data": {}})
         rows = [
             {
                 "node_id": f"{number:056x}",

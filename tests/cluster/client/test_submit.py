@@ -213,7 +213,7 @@ def test_gpus_count_where_there_are_any(longspan, lab, dashboard):
     code, _, err = longspan("submit", "smoke", "--set", "ranks=16")
     assert code == 2
     assert "at most 8 GPUs: cluster lab has 2 nodes with 4 GPUs each, says the cluster" in err
-    assert "for a cluster that grows, write nodes: of lab" in err
+    assert "for a cluster that grows, nodes: of lab in clusters.yaml" in err
 
 
 def test_the_file_says_what_a_cluster_can_grow_to(longspan, lab, dashboard):
