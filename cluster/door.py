@@ -16,9 +16,13 @@ from ..redact import redact_text
 from .clusters import Cluster
 from .token import Token, read_token
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 30.0
 _SHOWN = 400
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class NoAnswer(ClusterError):
+    """A request that may have been heard: whether it was done is not known."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ class Door:
             what = f"{where}: no encrypted connection ({reason.lower()})"
             return ClusterError(what, "an address with http:// if it has no certificate")
         if isinstance(error, TimeoutError):
-            return ClusterError(f"{where} gave no answer in {self._timeout_s:g} s", fix)
+            return NoAnswer(f"{where} gave no answer in {self._timeout_s:g} s", fix)
+        if isinstance(error, ConnectionResetError | BrokenPipeError):
+            return NoAnswer(f"{where} broke off the connection", fix)
         if isinstance(error, http.client.HTTPException):
             what = f"{where}: what answers there is no dashboard"
             return ClusterError(what, "the dashboard's port is 8265 where nothing else was chosen")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ from urllib.parse import quote
 
 from ..errors import ClusterError
 from .clusters import Cluster
-from .door import Answer, Door
+from .door import Answer, Door, NoAnswer
 
 LIVE = ("PENDING", "RUNNING")
 RUN_KEY, SETTINGS_KEY = "longspan_run", "longspan_settings"
 """Keys of a job's metadata: the run's id, and `settings_hash` of its recipe."""
 
+_GATEWAY = (502, 503, 504)
+_NOT_READY = "No available agent"
+_READY_S = 60.0
+_POLL_S = 1.0
 _OLDEST = (2, 52)  # the first with tokens
 
 
@@ -198,12 +203,19 @@ class Jobs:
             "runtime_env": environment,
             "metadata": dict(metadata),
         }
-        answer = self.door.ask("POST", "/api/jobs/", request)
-        if answer.status == 200:
-            return True
-        if "already exists" in answer.body.decode("utf-8", "replace"):
-            return False
-        raise self._cannot(f"start {submission}", answer)
+        deadline = time.monotonic() + _READY_S
+        while (answer := self.door.ask("POST", "/api/jobs/", request)).status != 200:
+            text = answer.body.decode("utf-8", "replace")
+            if "already exists" in text:
+                return False
+            if answer.status in _GATEWAY:
+                what = f"cluster {self.cluster.name}: HTTP status {answer.status} from in between"
+                raise NoAnswer(what, "ask again when the dashboard answers")
+            # A head that has just started: its dashboard is up, and what starts jobs is not yet.
+            if _NOT_READY not in text or time.monotonic() > deadline:
+                raise self._cannot(f"start {submission}", answer)
+            time.sleep(_POLL_S)
+        return True
 
     def stop(self, submission: str) -> bool:
         """Send SIGTERM to a job's driver; whether it was there to get it."""

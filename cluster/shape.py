@@ -74,11 +74,12 @@ def shape_of(cluster: Cluster, jobs: Jobs) -> tuple[Shape, list[str]]:
 
 
 def _up_now(jobs: Jobs) -> Shape:
-    nodes = jobs.nodes()
-    total = sum(node.gpus for node in nodes)
-    used = [node for node in nodes if node.gpus] if total else nodes
-    each = min((node.gpus for node in used), default=0)
-    return Shape(len(used), each, total, sum(node.cores for node in used), "the cluster")
+    # A rank takes a core beside its GPU.
+    gpus = [(min(node.gpus, node.cores), node.cores) for node in jobs.nodes()]
+    total = sum(count for count, _ in gpus)
+    used = [both for both in gpus if both[0]] if total else [both for both in gpus if both[1]]
+    each = min((count for count, _ in used), default=0)
+    return Shape(len(used), each, total, sum(cores for _, cores in used), "the cluster")
 
 
 def ranks_on(recipe: Recipe, shape: Shape) -> int:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from pydantic import ValidationError
 
+from .. import __version__
 from ..errors import ClusterError, RunError
 from ..recipes.check import count
 from ..recipes.loading import load_recipe
@@ -20,6 +22,7 @@ from ..trainer.exactness import Level
 from ..trainer.run_directory import settings_hash
 from ..trainer.settings import RunSettings
 from .clusters import Cluster, find_cluster, known_cluster
+from .door import NoAnswer
 from .forecast import Forecast, forecast, shape_key
 from .jobs import RUN_KEY, SETTINGS_KEY, Jobs, number_of
 from .registry import Place, Record, Registry, check_id, new_id
@@ -138,7 +141,7 @@ def resubmit(
             f"watch it: longspan logs -f {record.id}; end it: longspan stop {record.id}",
         )
     text = registry.recipe(record)
-    run = RunSettings.model_validate(yaml.safe_load(text))
+    run = _read(record, text)
     # Jobs that another machine submitted count, and so do those that a new head has forgotten.
     numbers = [number_of(job.id) for job in (*found, *record.submissions)]
     options = [] if exactness is None else ["--exactness", exactness]
@@ -169,13 +172,21 @@ def resolved(run: RunSettings, name: str) -> str:
     return f"# The resolved recipe of {name}.\n{body}"
 
 
+def _read(record: Record, text: str) -> RunSettings:
+    try:
+        return RunSettings.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError):
+        what = f"the recipe of {record.id} cannot be read by longspan {__version__}"
+        raise RunError(what, "resume it with the version that it was submitted with") from None
+
+
 def entrypoint(record: Record, cluster: Cluster, options: Sequence[str] = ()) -> str:
     """The command line of a run's driver, for a shell."""
     settings = cluster.settings
     words = ["--run-id", record.id, "--run-dir", record.run_dir]
     words += ["--name", record.recipe, "--recipe", _RECIPE, *options]
-    for name, path in settings.secrets.items():
-        words += ["--secrets", f"{name}={path}"]
+    if settings.secrets:
+        words += ["--secrets", *(f"{name}={path}" for name, path in settings.secrets.items())]
     if settings.interface is not None:
         words += ["--interface", settings.interface]
     # exec: the shell would get the signal to stop as well, and die of it.
@@ -238,38 +249,39 @@ def _send(
 ) -> Record:
     """Record a job, then submit it: whatever ends this in between, the run can be found."""
     submission = f"{record.id}-{number}"
+    code = jobs.upload(build_wheel().path.read_bytes())
+    folder = jobs.upload(pack({_RECIPE: text.encode()}))
     sent = record.submitted(submission)
     registry.write(sent, text)
     try:
-        _post(submission, sent, text, run, jobs, options)
+        new = jobs.submit(
+            submission,
+            entrypoint(record, jobs.cluster, options),
+            code=[code],
+            working_dir=folder,
+            # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
+            variables={"RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + _ENDING_S)},
+            metadata={RUN_KEY: record.id, SETTINGS_KEY: settings_hash(run)},
+        )
     except ClusterError as error:
-        if not _arrived(submission, sent, jobs, error):
-            if record.submissions:
-                registry.write(record)
-            else:
-                registry.forget(record.id)
-            raise
+        if _arrived(submission, sent, jobs, error):
+            return sent
+        _forget(record, registry)
+        raise
+    # A job of this name: sent a moment ago by somebody who wanted the same, or one of others.
+    if not new and ((job := jobs.get(submission)) is None or job.run != record.id):
+        _forget(record, registry)
+        what = f"the cluster has a job {submission} that is not one of this run"
+        raise RunError(what, "give another --run-id")
     return sent
 
 
-def _post(
-    submission: str, record: Record, text: str, run: RunSettings, jobs: Jobs, options: Sequence[str]
-) -> None:
-    code = jobs.upload(build_wheel().path.read_bytes())
-    folder = jobs.upload(pack({_RECIPE: text.encode()}))
-    new = jobs.submit(
-        submission,
-        entrypoint(record, jobs.cluster, options),
-        code=[code],
-        working_dir=folder,
-        # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
-        variables={"RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + _ENDING_S)},
-        metadata={RUN_KEY: record.id, SETTINGS_KEY: settings_hash(run)},
-    )
-    # A job of this name: sent a moment ago by somebody who wanted the same, or one of others.
-    if not new and ((job := jobs.get(submission)) is None or job.run != record.id):
-        what = f"the cluster has a job {submission} that is not one of this run"
-        raise RunError(what, "give another --run-id")
+def _forget(record: Record, registry: Registry) -> None:
+    """What was recorded of a job that was not started."""
+    if record.submissions:
+        registry.write(record)
+    else:
+        registry.forget(record.id)
 
 
 def _arrived(submission: str, record: Record, jobs: Jobs, error: ClusterError) -> bool:
@@ -281,11 +293,13 @@ def _arrived(submission: str, record: Record, jobs: Jobs, error: ClusterError) -
     try:
         job = jobs.get(submission)
     except ClusterError:
+        job, error = None, NoAnswer(error.what)
+    if job is None and isinstance(error, NoAnswer):
         raise ClusterError(
             f"{error.what}\n  whether {record.id} was started is not known",
             f"once the cluster answers: longspan status {record.id}; the same command with "
             f"--run-id {record.id} starts it at most once",
-        ) from None
+        )
     return job is not None and job.run == record.id
 
 

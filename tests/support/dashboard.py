@@ -33,6 +33,9 @@ class Dashboard:
         version: Of Ray.
         starts_as: The status of a new job.
         refuses: A text that new jobs are refused with.
+        not_ready: Times that a job is refused because nothing could start it yet.
+        loses: The answer to the next job: `break`: the connection breaks when it has started;
+            `late`: it breaks before that, and `arrive` starts it; `gateway`: status 504.
         on_stop: Called with a job that is to stop; left out: it stops at once.
         breaks_off: Times that a tail of logs ends before its job does.
         jobs: By submission id, as the API shows them.
@@ -46,6 +49,8 @@ class Dashboard:
     version: str = "2.60.0"
     starts_as: str = "RUNNING"
     refuses: str = ""
+    not_ready: int = 0
+    loses: str = ""
     on_stop: Callable[[dict[str, Any]], None] | None = None
     breaks_off: int = 0
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -145,10 +150,36 @@ class Dashboard:
     async def _submit(self, request: web.Request) -> web.Response:
         asked = await request.json()
         name = asked["submission_id"]
+        if self.not_ready:
+            self.not_ready -= 1
+            text = "No available agent to submit job, please try again later."
+            return web.Response(status=500, text=text)
+        loses, self.loses = self.loses, ""
+        if loses == "late":
+            self._waiting = asked
+            return self._break(request)
         if self.refuses or name in self.jobs:
             text = self.refuses or f"Job with submission_id {name} already exists. Please use a"
             trace = f"Traceback (most recent call last):\n  ...\nValueError: {text}\n."
             return web.Response(status=500, text=trace)
+        self._begin(asked)
+        if loses == "break":
+            return self._break(request)
+        if loses == "gateway":
+            return web.Response(status=504, text="Gateway Time-out")
+        return web.json_response({"job_id": name, "submission_id": name})
+
+    def arrive(self) -> None:
+        """Start the job whose request was late."""
+        self._begin(self._waiting)
+
+    def _break(self, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    def _begin(self, asked: dict[str, Any]) -> None:
+        name = asked["submission_id"]
         self.jobs[name] = {
             "type": "SUBMISSION",
             "submission_id": name,
@@ -159,7 +190,6 @@ class Dashboard:
             **asked,
         }
         self.output.setdefault(name, f"Running entrypoint for job {name}\n")
-        return web.json_response({"job_id": name, "submission_id": name})
 
     async def _list(self, request: web.Request) -> web.Response:
         driver = {"type": "DRIVER", "job_id": "01000000", "submission_id": None}

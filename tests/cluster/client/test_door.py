@@ -127,5 +127,5 @@ def test_a_token_is_in_no_message_of_a_broken_door(lab, tmp_path):
 def test_a_head_without_workers_offers_nothing(longspan, lab, dashboard):
     dashboard.nodes = [(0, 0)]
     err = refused(longspan)
-    assert "ranks: got 2; expected at most 0 CPU cores: cluster lab has 1 node" in err
+    assert "ranks: got 2; expected at most 0 CPU cores: cluster lab has 0 nodes" in err
     assert "fix: for a cluster that grows, nodes: of lab in clusters.yaml" in err

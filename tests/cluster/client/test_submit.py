@@ -8,8 +8,10 @@ import zipfile
 
 import pytest
 import yaml
-from longspan.cluster import submission
+from longspan.cluster import jobs as jobs_module
+from longspan.cluster.jobs import Jobs
 from longspan.cluster.registry import Registry
+from longspan.errors import ClusterError
 from longspan.recipes.loading import load_recipe
 from longspan.trainer.run_directory import RunDirectory, settings_hash
 from longspan.trainer.settings import RunSettings
@@ -61,7 +63,7 @@ def test_the_job_is_the_driver_with_the_resolved_recipe(longspan, lab, dashboard
     assert words[5:] == [
         "--run-id", "mine", "--run-dir", f"{storage}/runs/mine", "--name", "smoke",
         "--recipe", "recipe.yaml", "--secrets", "WANDB_API_KEY=/etc/a b/key",
-        "--secrets", "HF_TOKEN=/etc/hf", "--interface", "eth0",
+        "HF_TOKEN=/etc/hf", "--interface", "eth0",
     ]  # fmt: skip
     run = load_recipe("smoke", ["seed=9", "recovery.grace=90s"]).run()
     assert job["metadata"] == {
@@ -143,8 +145,11 @@ def test_an_id_of_a_run_in_another_place_is_refused(longspan, lab, dashboard, tm
 def test_a_client_that_died_before_it_sent_the_job_can_send_it_again(
     longspan, lab, dashboard, monkeypatch
 ):
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr(submission, "_post", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Jobs, "submit", die)
         assert longspan("submit", "smoke", "--run-id", "mine")[0] == 130
     assert Registry().get("mine") is not None and not dashboard.jobs
     code, out, _ = longspan("submit", "smoke", "--run-id", "mine")
@@ -153,31 +158,49 @@ def test_a_client_that_died_before_it_sent_the_job_can_send_it_again(
     assert [job.id for job in Registry().get("mine").submissions] == ["mine-1"]
 
 
-def test_an_answer_that_was_lost_starts_nothing_twice(longspan, lab, dashboard, monkeypatch):
+@pytest.mark.parametrize("loses", ["break", "gateway"])
+def test_an_answer_that_was_lost_starts_nothing_twice(longspan, lab, dashboard, loses):
     """The job arrived, and the connection broke before the cluster could say so."""
-    post = submission._post
+    dashboard.loses = loses
+    assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
+    assert longspan("submit", "smoke", "--run-id", "mine")[1].startswith("mine was submitted bef")
+    assert list(dashboard.jobs) == ["mine-1"]
 
-    def lose(*given):
-        post(*given)
-        raise submission.ClusterError("no answer", "")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(submission, "_post", lose)
-        assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
+def test_a_request_that_may_have_been_heard(longspan, lab, dashboard, monkeypatch):
+    """No answer, and no job yet: it may still come, so the run is kept in mind."""
+    dashboard.loses = "late"
+    code, _, err = longspan("submit", "smoke", "--run-id", "mine")
+    assert code == 2 and "broke off the connection" in err
+    assert "whether mine was started is not known" in err
+    assert "--run-id mine starts it at most once" in err
+    assert "mine: not known" in longspan("status", "mine")[1]
+    dashboard.arrive()
+    assert longspan("status", "mine")[1].startswith("mine: running\n")
     assert longspan("submit", "smoke", "--run-id", "mine")[1].startswith("mine was submitted bef")
     assert list(dashboard.jobs) == ["mine-1"]
 
 
 def test_a_head_that_goes_down_meanwhile(longspan, lab, dashboard, monkeypatch):
-    def go_down(*_):
+    def go_down(*_, **__):
         dashboard.stop()
-        raise submission.ClusterError("the connection broke", "")
+        raise ClusterError("the connection broke", "")
 
-    monkeypatch.setattr(submission, "_post", go_down)
+    monkeypatch.setattr(Jobs, "submit", go_down)
     code, _, err = longspan("submit", "smoke", "--run-id", "mine")
     assert code == 2 and "whether mine was started is not known" in err
-    assert "--run-id mine starts it at most once" in err
     assert Registry().get("mine") is not None
+
+
+def test_a_head_that_has_just_started_is_waited_for(longspan, lab, dashboard, monkeypatch):
+    monkeypatch.setattr(jobs_module, "_POLL_S", 0.01)
+    dashboard.not_ready = 3
+    assert longspan("submit", "smoke")[0] == 0 and len(dashboard.posted()) == 4
+    monkeypatch.setattr(jobs_module, "_READY_S", 0.0)
+    dashboard.not_ready = 3
+    code, _, err = longspan("submit", "smoke", "--run-id", "mine")
+    assert code == 2 and "No available agent to submit job" in err
+    assert Registry().get("mine") is None
 
 
 def test_a_job_that_the_cluster_refuses_leaves_no_record(longspan, lab, dashboard):

@@ -296,3 +296,11 @@ def test_files_of_ranks_are_where_the_folder_is(longspan, mine, folder):
     (directory.logs / "rank-0.log").write_text("hello\n")
     assert longspan("logs", "mine", "--rank", "0")[:2] == (0, "hello\n")
     assert "there are logs of ranks 0" in longspan("logs", "mine", "--rank", "1")[2]
+
+
+def test_a_recipe_that_this_version_cannot_read(longspan, dashboard, mine):
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 1)
+    (Registry().root / "mine.yaml").write_text("model: {hiden: 64}\n")
+    code, _, err = longspan("resume", "mine")
+    assert code == 2 and "the recipe of mine cannot be read by longspan" in err
+    assert list(dashboard.jobs) == ["mine-1"]
