@@ -13,6 +13,7 @@ ROOT = Path(longspan.__file__).parent
 FLOORS = (
     "cli",
     "cli_checkpoint",
+    "cli_cluster",
     "cluster",
     "recipes",
     "trainer",
