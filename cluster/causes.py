@@ -126,7 +126,7 @@ def _is_the_users(failure: Failure, codes: Mapping[int, int]) -> bool:
 def _infrastructure(found: Evidence, failure: Failure | None) -> Verdict:
     if found.lost:
         ranks = [rank for rank, node in found.nodes.items() if node in found.lost]
-        names = ", ".join(node[:12] for node in found.lost)
+        names = ", ".join(node[:8] for node in found.lost)
         words = f"lost node {names}, with rank{'s' * (len(ranks) > 1)} {_few(ranks)}"
         return Verdict("infrastructure", CRASHED, _words(words), tuple(found.lost))
     if found.died:

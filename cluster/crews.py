@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import RunError
 from ..trainer.exactness import Level
 from ..trainer.gang_sizes import gang_sizes
-from ..trainer.observe.events import EventLog, read_events
+from ..trainer.observe.events import EventLog, newest_attempt, read_events
 from ..trainer.plan import run_ranks
 from ..trainer.run_directory import RunDirectory
 from ..trainer.settings import RunSettings
 from .causes import Verdict
 from .gang import Crew
-from .nodes import Node, has_gone, nodes_of, others, place, unit_of
+from .nodes import Node, alive_nodes, has_gone
+from .placement import place, unit_of
 from .voice import Voice
 
 _POLL_S = 1.0
@@ -29,11 +30,18 @@ class Crews:
         directory: Its folder, where exclusions are kept.
         voice: What the user hears.
         consent: The level of exactness that this launch may fall to.
+        preflight: Looks at new nodes and says what is wrong, by id; None: they are taken as fit.
     """
 
     def __init__(
-        self, run: RunSettings, directory: RunDirectory, voice: Voice, consent: Level | None
+        self,
+        run: RunSettings,
+        directory: RunDirectory,
+        voice: Voice,
+        consent: Level | None,
+        preflight: Callable[[Sequence[Node]], Mapping[str, str]] | None = None,
     ) -> None:
+        self._preflight, self._known = preflight, set[str]()
         self._run, self._directory, self._voice, self._consent = run, directory, voice, consent
         events = read_events(directory.events)
         self._excluded = {e["node"]: str(e["reason"]) for e in events if e["event"] == "excluded"}
@@ -54,6 +62,7 @@ class Crews:
         deadline, told = time.monotonic() + wait, False
         while not asked():
             found = self._found()
+            self._inspect(found)
             late = time.monotonic() > deadline
             crew = self._crew(found, smaller=late)
             if crew is not None:
@@ -65,6 +74,16 @@ class Crews:
                 self._voice.say(f"waiting for nodes, {wait:.0f} s at most: {self._state(found)}")
             time.sleep(_POLL_S)
         return None
+
+    def _inspect(self, found: dict[str, Node]) -> None:
+        """Look at the nodes that no rank was on yet."""
+        new = [node for id, node in found.items() if id not in self._known | self._excluded.keys()]
+        self._known |= {node.id for node in new}
+        new = [node for node in new if node.slots(any(other.gpus for other in found.values()))]
+        if self._preflight is None or not new:
+            return
+        for node, reason in self._preflight(new).items():
+            self._exclude(node, f"failed preflight: {reason}")
 
     def learn(self, verdict: Verdict) -> None:
         """Nodes that are lost or about to be stay out, and those that had a part in two failures.
@@ -89,29 +108,32 @@ class Crews:
         if id in self._excluded:
             return
         self._excluded[id] = reason
-        name = self._names.get(id, id[:12])
-        log = EventLog(self._directory.events, _attempt_of(self._directory))
+        name = self._names.get(id, id[:8])
+        log = EventLog(self._directory.events, newest_attempt(self._directory.events))
         log.write("excluded", node=id, name=name, reason=reason)
         log.close()
         self._voice.say(f"node {name} {reason}: it is left out from now on")
 
     def _found(self) -> dict[str, Node]:
-        import ray
-
-        found = nodes_of(ray.nodes())
-        self._names |= {id: str(node) for id, node in found.items()}
+        found = {node.id: node for node in alive_nodes()}
+        self._names |= {id: node.name for id, node in found.items()}
         return found
 
     def _crew(self, found: dict[str, Node], *, smaller: bool) -> Crew | None:
         """The largest gang that the nodes can take now."""
         gpu = any(node.gpus for node in found.values())
-        slots = others({id: node.slots(gpu) for id, node in found.items()}, self._excluded)
+        slots = self._slots(found, gpu)
         unit = unit_of(self._run, max(slots.values(), default=0))
         for ranks in self._sizes(slots, gpu, smaller=smaller):
             places = place(slots, ranks, unit)
             if places is not None:
                 return Crew(places, {id: found[id] for id in places}, gpu, unit)
         return None
+
+    def _slots(self, found: dict[str, Node], gpu: bool) -> dict[str, int]:
+        """Ranks that each node takes, of those that are not left out."""
+        slots = {id: node.slots(gpu) for id, node in found.items() if id not in self._excluded}
+        return {id: free for id, free in slots.items() if free}
 
     def _sizes(self, slots: dict[str, int], gpu: bool, *, smaller: bool) -> tuple[int, ...]:
         if self._run.ranks is None:
@@ -133,11 +155,11 @@ class Crews:
 
     def _state(self, found: dict[str, Node]) -> str:
         gpu = any(node.gpus for node in found.values())
-        free = sum(others({i: n.slots(gpu) for i, n in found.items()}, self._excluded).values())
+        free = sum(self._slots(found, gpu).values())
         kind = "GPUs" if gpu else "cores"
         wanted = self._run.ranks or run_ranks(self._run, 0)
         text = f"the run wants {wanted} ranks, the nodes have {free} {kind}"
-        names = [f"{self._names.get(id, id[:12])} {why}" for id, why in self._excluded.items()]
+        names = [f"{self._names.get(id, id[:8])} {why}" for id, why in self._excluded.items()]
         return text + (f"; left out: {', '.join(names)}" if names else "")
 
     def _too_few(self, found: dict[str, Node]) -> RunError:
@@ -148,7 +170,3 @@ class Crews:
                 "bit-exact: resume with --exactness E1"
             )
         return RunError(f"too few nodes: {self._state(found)}", fix)
-
-
-def _attempt_of(directory: RunDirectory) -> int:
-    return max((e.get("attempt", 1) for e in read_events(directory.events)), default=1)

@@ -27,6 +27,7 @@ from ..trainer.checkpoint.store import Store, open_store
 from ..trainer.exactness import Level
 from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED, USER_ERROR, clear_failures
 from ..trainer.observe.attempts import ended, launched, queued
+from ..trainer.observe.events import EventLog, newest_attempt
 from ..trainer.observe.summary import render_complete
 from ..trainer.observe.tracking import check_tracking
 from ..trainer.run_directory import RunDirectory, create_or_open
@@ -35,6 +36,8 @@ from .budgets import Budgets
 from .causes import Verdict
 from .crews import Crews
 from .gang import ENVIRONMENT, Gang
+from .nodes import Node
+from .preflight.preflight import preflight
 from .rank import RANKS_LOCK, WORKER, Task
 from .recovery import recovery_line
 from .voice import Voice
@@ -63,6 +66,7 @@ class Options:
         floor: Seconds that anything may take before it is a hang.
         first: Seconds that something may take of which nothing is known yet.
         command: Of one rank, without its argument.
+        preflight: Whether nodes are looked at before they are used.
     """
 
     run_id: str
@@ -77,6 +81,7 @@ class Options:
     floor: float = 300.0
     first: float = 3600.0
     command: tuple[str, ...] = WORKER
+    preflight: bool = True
 
 
 class Driver:
@@ -124,7 +129,8 @@ class Driver:
 
     def _attempts(self, directory: RunDirectory, store: Store) -> Verdict:
         """One gang after the other until no other can help."""
-        crews = Crews(self._run, directory, self._voice, self._options.exactness)
+        look = (lambda nodes: self._look_at(directory, nodes)) if self._options.preflight else None
+        crews = Crews(self._run, directory, self._voice, self._options.exactness, look)
         watch = self._watch()
         while True:
             attempt = queued(directory.events)
@@ -149,6 +155,16 @@ class Driver:
                 return verdict
             self._voice.say(f"{words}: {self._budgets.words(verdict.cause)}")
             _wait_for_ranks(directory)
+
+    def _look_at(self, directory: RunDirectory, nodes: Sequence[Node]) -> dict[str, str]:
+        """What is wrong with nodes, by id."""
+        log = EventLog(directory.events, newest_attempt(directory.events))
+        interface = self._options.interface
+        report = preflight(nodes, self._run, directory.path, interface=interface, log=log)
+        log.close()
+        for problem in report.problems:
+            self._voice.say(f"{problem.level}: {problem.node}: {problem}")
+        return {n.id: str(found[0]) for n in nodes if (found := report.failures(n))}
 
     def _announce(
         self, directory: RunDirectory, store: Store, attempt: int, ranks: int, nodes: int
@@ -284,6 +300,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, Path]:
     parser.add_argument("--from", dest="from_step", type=int)
     parser.add_argument("--secrets", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--interface")
+    parser.add_argument("--no-preflight", dest="preflight", action="store_false")
     for name in ("wait", "interval", "floor", "first"):
         parser.add_argument(f"--{name}", type=float, default=getattr(Options, name))
     given = vars(parser.parse_args(arguments))

@@ -163,7 +163,7 @@ class Gang:
 
     def _name(self, node: str) -> str:
         known = self._crew.nodes.get(node)
-        return str(known) if known else node[:12]
+        return known.name if known else node[:8]
 
     def _is_overdue(self) -> bool:
         """Whether there is nothing more to wait for: a second request to stop, or Ray hangs too."""

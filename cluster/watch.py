@@ -14,7 +14,7 @@ from statistics import median_low
 from typing import Literal
 
 from ..trainer.failure import COMPLETE, STOPPED
-from .nodes import misplaced
+from .placement import misplaced
 
 Order = Literal["go on", "stop", "dump", "end"]
 """What ranks are to do: train, save and stop, show where they hang, end at once."""
@@ -314,7 +314,7 @@ def blamed(late: list[tuple[Overdue, str]], quiet: list[str]) -> Hang:
         quiet: Nodes that are not heard of any more.
     """
     if not late:
-        return Hang(None, quiet[0], f"node {quiet[0][:12]} is not heard of any more")
+        return Hang(None, quiet[0], f"node {quiet[0][:8]} is not heard of any more")
     stuck = [(one, node) for one, node in late if one.state in ("T", "t", "D")]
     behind = min(one.step for one, _ in late)
     last = [(one, node) for one, node in late if one.step == behind]

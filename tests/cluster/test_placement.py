@@ -1,23 +1,17 @@
-"""Nodes: where ranks go, and what a node that is gone looks like."""
+"""Placement: where ranks go; and nodes: what one that is gone looks like."""
 
 import socket
 
 from hypothesis import given
 from hypothesis import strategies as st
-from longspan.cluster.nodes import Node, has_gone, misplaced, nodes_of, place, unit_of
+from longspan.cluster.nodes import Node, has_gone
+from longspan.cluster.placement import misplaced, place, unit_of
 from support.tiny import tiny_run
 
 
-def raw(id="a", alive=True, **resources):
-    return {"NodeID": id, "Alive": alive, "NodeManagerHostname": "host", "NodeManagerPort": 7,
-            "NodeManagerAddress": "10.0.0.1", "Resources": resources}  # fmt: skip
-
-
 def test_a_node_takes_a_rank_for_each_gpu_or_each_core():
-    found = nodes_of([raw("a", CPU=16.0, GPU=8.0), raw("b", CPU=4.0), raw("c", alive=False, CPU=4)])
-    assert {id: (n.slots(True), n.slots(False)) for id, n in found.items()} == {
-        "a": (8, 16), "b": (0, 4),
-    }  # fmt: skip
+    both, cores = Node("a", "x", gpus=8, cores=16), Node("b", "y", gpus=0, cores=4)
+    assert [(node.slots(True), node.slots(False)) for node in (both, cores)] == [(8, 16), (0, 4)]
 
 
 def test_few_nodes_are_taken_and_groups_stay_inside_of_them():
@@ -46,6 +40,6 @@ def test_a_group_that_no_node_has_room_for_keeps_its_tensor_ranks_together():
 
 def test_a_node_is_gone_when_nothing_listens():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        node = Node("a", "host", "127.0.0.1", server.getsockname()[1], 1, 0)
+        node = Node("a", "127.0.0.1", gpus=0, cores=1, port=server.getsockname()[1])
         assert not has_gone(node)
     assert has_gone(node)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from longspan.cluster.nodes import misplaced
+from longspan.cluster.placement import misplaced
 from longspan.cluster.watch import End, NodeReport, Overdue, Place, Watch, blamed
 
 INTERVAL = 2.0
