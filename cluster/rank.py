@@ -239,9 +239,7 @@ class Rank:
 
     def _is_noticed(self) -> bool:
         """Whether this process or a node of the gang is about to be taken away."""
-        import ray.train
-
-        return _notice.is_set() or ray.train.get_preemption_info() is not None
+        return _notice.is_set() or _is_preempted()
 
     def _end(self, child: subprocess.Popen[bytes]) -> int:
         """End the process and its helpers at once."""
@@ -279,6 +277,17 @@ class Rank:
         if order != known:
             self._station.give(order)
         return order
+
+
+def _is_preempted() -> bool:
+    """Whether Ray Train's watcher has told this worker that a node of the gang is taken away.
+
+    `ray.train.get_preemption_info` would be a barrier of all ranks.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    told = getattr(get_train_context(), "preemption_context", None)
+    return getattr(told, "preemption_info", None) is not None
 
 
 def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:
