@@ -2,6 +2,7 @@
 
 import pytest
 from support.cluster import LocalCluster
+from support.cluster_runs import local_reference
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +18,15 @@ def cluster(started_cluster):
     """The cluster with all of its nodes."""
     started_cluster.revive()
     return started_cluster
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """The documents of the runs."""
+    return tmp_path_factory.mktemp("texts")
+
+
+@pytest.fixture(scope="session")
+def reference(started_cluster, texts, tmp_path_factory):
+    """The tiny run by `longspan train`."""
+    return local_reference(texts, tmp_path_factory.mktemp("reference") / "run")

@@ -37,6 +37,7 @@ def ray_environment(token: str) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "PYTHONPATH": str(HOME),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "WANDB_MODE": "disabled",
     }
