@@ -14,6 +14,7 @@ FLOORS = (
     "cli",
     "cli_checkpoint",
     "cli_cluster",
+    "cli_render",
     "cluster",
     "recipes",
     "trainer",
