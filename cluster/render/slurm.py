@@ -18,7 +18,7 @@ _CLUSTER = "slurm"
 _HEAD = """\
 #!/bin/bash
 # {run_id}: a run of {name}. Submitted again, or requeued, it goes on where it was.
-# longspan has to be on the PATH of the nodes. What is given to sbatch itself wins over what is here.
+# longspan has to be on the PATH of the nodes. What is given to sbatch itself wins over this.
 #
 #   sbatch FILE
 #   longspan status {run_dir}
@@ -84,10 +84,11 @@ srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \\
   ray start --head --node-ip-address="$HEAD_IP" --port="$PORT" \\
   --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)){given} --block &
 pids+=($!)
-for _ in $(seq 60); do
-  if ray status --address "$HEAD_IP:$PORT" > /dev/null 2>&1; then break; fi
+# The dashboard is what comes up last.
+for _ in $(seq 120); do
+  if (: < "/dev/tcp/127.0.0.1/$((PORT + 1))") 2> /dev/null; then break; fi
   kill -0 "${{pids[0]}}"
-  sleep 2
+  sleep 1
 done
 {others}
 longspan submit "$RECIPE" --cluster {cluster} --run-id "$RUN_ID"
