@@ -141,7 +141,7 @@ def test_the_command_line_prints_none(monkeypatch, capsys):
     def fail(*_, **__):
         raise RunError(f"cannot reach https://me:{SECRET}@host", f"set TOKEN={SECRET}")
 
-    monkeypatch.setattr("sys.argv", ["longspan", "resume", "run"])
+    monkeypatch.setattr("sys.argv", ["longspan", "resume", "./run"])
     monkeypatch.setattr(launch, "resume", fail)
     with pytest.raises(SystemExit):
         cli.main()

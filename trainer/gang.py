@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from ..redact import redact_text
 from .devices import usable_cores
 from .failure import (
     COMPLETE,
@@ -25,9 +24,10 @@ from .failure import (
     INTERRUPTED,
     LAUNCHER_PID,
     STOPPED,
-    USER_ERROR,
     Failure,
+    first_cause,
     read_failures,
+    without_words,
 )
 from .observe.attempts import ATTEMPT
 from .run_directory import RunDirectory
@@ -35,9 +35,6 @@ from .stopping import SAVE_SIGNAL
 
 _POLL_S = 0.05
 _GRACE_S = 10.0
-_TAIL_CHARACTERS = 8000
-# A rank that aborts is often the victim of another one that went away.
-_SECOND_HAND = (signal.SIGABRT, signal.SIGTERM)
 
 
 def say(text: str) -> None:
@@ -88,26 +85,12 @@ class Gang:
                 self._kill()
 
     def failure(self) -> Failure | None:
-        """What to show for a run that failed: the first cause, not the ranks it took along."""
+        """What to show for a run that failed."""
         failures = read_failures(self.directory.path)
-        explained = {failure.rank for failure in failures}
-        silent = {rank: c for rank, c in self._crashed.items() if rank not in explained}
-        # Ranks that notice the end of another one say so; the one that cannot came first.
-        first = {rank: code for rank, code in silent.items() if -code not in _SECOND_HAND}
-        if failures and not first:
-            return failures[0]
-        if not silent:
-            return None
-        rank, code = min((first or silent).items(), key=lambda item: item[1])
-        return self._lost(rank, code)
+        return first_cause(failures, self._crashed, self._lost)
 
     def _lost(self, rank: int, code: int) -> Failure:
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        log = self._log_path(rank)
-        tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
-        tail = redact_text(tail)
-        kind = "user" if code == USER_ERROR else "internal"
-        return Failure(rank, kind, f"rank {rank} {how} and left no message", tail, time.time())
+        return without_words(rank, code, self._log_path(rank))
 
     def _log_path(self, rank: int) -> Path:
         return self.directory.logs / f"rank-{rank}.log"
@@ -252,11 +235,3 @@ class Gang:
 
     def _ask_to_save(self, number: int, frame: FrameType | None) -> None:
         self._save_asked = True
-
-
-def _signal_name(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    return name + (" (out of memory?)" if number == signal.SIGKILL else "")

@@ -29,6 +29,7 @@ from .engine.engine import Engine
 from .evaluation import held_out_loss
 from .exactness import Promise, declared, described, go_on
 from .going_back import GoingBack
+from .heartbeat import Heartbeat
 from .observe.goodput import goodput_so_far
 from .observe.observer import Observer
 from .open_stage import OpenStage
@@ -48,12 +49,19 @@ class Run:
         run: Its settings.
         observer: Told what happens; silent on ranks other than 0.
         stop: Set by a signal.
+        beat: Told what this rank is at.
     """
 
     def __init__(
-        self, directory: RunDirectory, run: RunSettings, observer: Observer, stop: StopRequest
+        self,
+        directory: RunDirectory,
+        run: RunSettings,
+        observer: Observer,
+        stop: StopRequest,
+        beat: Heartbeat | None = None,
     ) -> None:
         self.directory, self.run, self.observer, self.stop = directory, run, observer, stop
+        self.beat = beat or Heartbeat()
         self.plans = [plan_stage(stage, dist.get_world_size()) for stage in run.stages]
         self.steps = sum(plan.steps for plan in self.plans)
         self.first = dist.get_rank() == 0
@@ -126,6 +134,7 @@ class Run:
 
     def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> OpenStage:
         """Build the stage's engine and load the newest checkpoint into it."""
+        self.beat.enter("open", cursor.step)
         settings, folder = self.run.stages[cursor.stage], self.run.model.folder
         plan = self.plans[cursor.stage]
         weights = None
@@ -244,6 +253,7 @@ class Run:
             observer=self.observer,
             stop=self.stop,
             bad=self.bad,
+            beat=self.beat,
             save=lambda at, wait: self._save(stage, at, wait),
             poll=self.saves.poll,
             evaluate=lambda at: self._evaluate(stage, at),
@@ -257,6 +267,7 @@ class Run:
 
     def _save(self, stage: OpenStage, cursor: Cursor, wait: bool) -> None:
         """Begin to save, or save."""
+        self.beat.enter("save", cursor.step)
         assert self.promise is not None
         engine, spikes = stage.engine, stage.engine.spikes
         info = {
@@ -280,6 +291,7 @@ class Run:
 
     def _evaluate(self, stage: OpenStage, cursor: Cursor) -> float:
         """Held-out loss of the live weights."""
+        self.beat.enter("evaluation", cursor.step)
         begun = time.monotonic()
         held_out = HeldOutSamples(stage.corpus.held_out, stage.settings.length)
         count = min(len(held_out), self.run.evaluation.sequences)
@@ -326,6 +338,7 @@ class Run:
                 "ends without a proof of context; raise held_out or add longer documents"
             )
             return None
+        self.beat.enter("proof", cursor.step)
         begun = time.monotonic()
         samples = [long[number] for number in range(len(long))]
         proof = context_proof(stage.engine, samples, settings.visible)

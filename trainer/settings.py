@@ -202,6 +202,9 @@ class RunSettings(Settings):
     ranks: int | None = Field(default=None, ge=1)
     """Processes; left out: one per GPU, or on a CPU the fewest that the stages' layouts need."""
 
+    ranks_at_least: int | None = Field(default=None, ge=1)
+    """Processes that a cluster may go on with when it lost nodes; left out: `ranks` and no less."""
+
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of weights and activations; gradients, moments and loss are fp32 either way."""
 

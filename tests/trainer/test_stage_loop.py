@@ -52,6 +52,7 @@ def train(run, step=0, peak=None, wrong=False):
     from longspan.trainer.bad_steps import BadSteps
     from longspan.trainer.checkpoint.cursor import Cursor
     from longspan.trainer.engine import engine as module
+    from longspan.trainer.heartbeat import Heartbeat
     from longspan.trainer.plan import plan_stage
     from longspan.trainer.stage_loop import StageLoop
     from longspan.trainer.stopping import StopRequest
@@ -60,7 +61,7 @@ def train(run, step=0, peak=None, wrong=False):
     plan = replace(plan_stage(stage, run.ranks), steps=3)
     engine = module.Engine(run, stage, VOCAB)
     given = {"steps": 3, "engine": engine, "samples": Samples(), "observer": heard}
-    given["bad"] = BadSteps(run.recovery)
+    given |= {"bad": BadSteps(run.recovery), "beat": Heartbeat()}
     then = {"stop": StopRequest(), "evaluate": lambda at: None}
     then |= {"save": lambda at, wait: None, "poll": lambda: None}
     first = Cursor(step, 0, step, step * 4, 0)

@@ -27,6 +27,7 @@ from ...parallel.transport import DistributedTransport
 from ..data.samples import Sample
 from ..exchange_choice import ExchangeChoice, choose_exchange
 from ..flops import peak_flops
+from ..own_time import OwnTime
 from ..parameters import count_parameters, layer_shape
 from ..platform import device
 from ..settings import RunSettings, StageSettings
@@ -66,7 +67,8 @@ class Engine:
         seed_step(self.groups, run.seed, "start")
         self.model = LongModel(run, stage, vocab, self.groups, weights).to(self.device)
         self.config = self.model.config
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.own_time = OwnTime(self.device)
+        self.config.finalize_model_grads_func = self._finalize
         self.reporting = is_reporting_rank(self.groups)
         self.tokens_per_batch = stage.length * stage.micro_batch
         self.traffic = Traffic()
@@ -142,6 +144,7 @@ class Engine:
         seed_step(self.groups, *key)
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.own_time.begin()
         notes = Notes()
         batches = (
             replace(self.build(sample, notes), probe=None if number else probe)
@@ -185,8 +188,13 @@ class Engine:
         tokens = torch.zeros((), dtype=torch.int32, device=self.device)
         for report in reports:
             tokens += report[1].to(torch.int32)
-        finalize_model_grads([self.chunk], tokens, pg_collection=self.groups)
+        self._finalize([self.chunk], tokens, pg_collection=self.groups)
         return reports
+
+    def _finalize(self, *given: Any, **named: Any) -> None:
+        """Sum gradients over ranks: here they wait for each other."""
+        self.own_time.meet()
+        finalize_model_grads(*given, **named)
 
     def shares(self, notes: Notes) -> dict[str, torch.Tensor]:
         """This rank's share of each note, so that a sum over all ranks counts everything once.

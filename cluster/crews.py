@@ -1,0 +1,172 @@
+"""Crews: who works on the next attempt, without nodes that failed, and maybe with fewer ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from ..errors import RunError
+from ..trainer.exactness import Level
+from ..trainer.gang_sizes import gang_sizes
+from ..trainer.observe.events import EventLog, newest_attempt, read_events
+from ..trainer.plan import run_ranks
+from ..trainer.run_directory import RunDirectory
+from ..trainer.settings import RunSettings
+from .causes import Verdict
+from .gang import Crew
+from .nodes import Node, alive_nodes, has_gone
+from .placement import place, unit_of
+from .voice import Voice
+
+_POLL_S = 1.0
+_STRIKES = 2
+
+
+class Crews:
+    """Chooses nodes for one attempt after the other.
+
+    Args:
+        run: The run's settings.
+        directory: Its folder, where exclusions are kept.
+        voice: What the user hears.
+        consent: The level of exactness that this launch may fall to.
+        preflight: Looks at new nodes and says what is wrong, by id; None: they are taken as fit.
+    """
+
+    def __init__(
+        self,
+        run: RunSettings,
+        directory: RunDirectory,
+        voice: Voice,
+        consent: Level | None,
+        preflight: Callable[[Sequence[Node]], Mapping[str, str]] | None = None,
+    ) -> None:
+        self._preflight, self._known = preflight, set[str]()
+        self._run, self._directory, self._voice, self._consent = run, directory, voice, consent
+        events = read_events(directory.events)
+        self._excluded = {e["node"]: str(e["reason"]) for e in events if e["event"] == "excluded"}
+        """Nodes that stay out, and why; Ray numbers a node anew when it is started again."""
+        self._strikes: dict[str, int] = {}
+        self._names: dict[str, str] = {}
+
+    def next(self, wait: float, asked: Callable[[], bool]) -> Crew | None:
+        """Nodes for the next attempt, as soon as there are enough; None once asked to stop.
+
+        Args:
+            wait: Seconds to wait for nodes that are not there; then fewer ranks may have to do.
+            asked: Whether the driver was asked to stop.
+
+        Raises:
+            RunError: There are too few.
+        """
+        deadline, told = time.monotonic() + wait, False
+        while not asked():
+            found = self._found()
+            self._inspect(found)
+            late = time.monotonic() > deadline
+            crew = self._crew(found, smaller=late)
+            if crew is not None:
+                return crew
+            if late:
+                raise self._too_few(found)
+            if not told:
+                told = True
+                self._voice.say(f"waiting for nodes, {wait:.0f} s at most: {self._state(found)}")
+            time.sleep(_POLL_S)
+        return None
+
+    def _inspect(self, found: dict[str, Node]) -> None:
+        """Look at the nodes that no rank was on yet."""
+        new = [node for id, node in found.items() if id not in self._known | self._excluded.keys()]
+        self._known |= {node.id for node in new}
+        new = [node for node in new if node.slots(any(other.gpus for other in found.values()))]
+        if self._preflight is None or not new:
+            return
+        for node, reason in self._preflight(new).items():
+            self._exclude(node, f"failed preflight: {reason}")
+
+    def learn(self, verdict: Verdict) -> None:
+        """Nodes that are lost or about to be stay out, and those that had a part in two failures.
+
+        The latter only as long as the others are enough.
+        """
+        found = self._found()
+        for id in verdict.struck:
+            self._strikes[id] = self._strikes.get(id, 0) + 1
+            if verdict.cause == "preemption":
+                self._exclude(id, "is taken away")
+            elif id not in found or has_gone(found[id]):
+                self._exclude(id, "was lost")
+            elif self._strikes[id] >= _STRIKES and self._do_without(found, id):
+                self._exclude(id, f"had a part in {self._strikes[id]} failures")
+
+    def _do_without(self, found: dict[str, Node], id: str) -> bool:
+        rest = {other: node for other, node in found.items() if other != id}
+        return self._crew(rest, smaller=False) is not None
+
+    def _exclude(self, id: str, reason: str) -> None:
+        if id in self._excluded:
+            return
+        self._excluded[id] = reason
+        name = self._names.get(id, id[:8])
+        log = EventLog(self._directory.events, newest_attempt(self._directory.events))
+        log.write("excluded", node=id, name=name, reason=reason)
+        log.close()
+        self._voice.say(f"node {name} {reason}: it is left out from now on")
+
+    def _found(self) -> dict[str, Node]:
+        found = {node.id: node for node in alive_nodes()}
+        self._names |= {id: node.name for id, node in found.items()}
+        return found
+
+    def _crew(self, found: dict[str, Node], *, smaller: bool) -> Crew | None:
+        """The largest gang that the nodes can take now."""
+        gpu = any(node.gpus for node in found.values())
+        slots = self._slots(found, gpu)
+        unit = unit_of(self._run, max(slots.values(), default=0))
+        for ranks in self._sizes(slots, gpu, smaller=smaller):
+            places = place(slots, ranks, unit)
+            if places is not None:
+                return Crew(places, {id: found[id] for id in places}, gpu, unit)
+        return None
+
+    def _slots(self, found: dict[str, Node], gpu: bool) -> dict[str, int]:
+        """Ranks that each node takes, of those that are not left out."""
+        slots = {id: node.slots(gpu) for id, node in found.items() if id not in self._excluded}
+        return {id: free for id, free in slots.items() if free}
+
+    def _sizes(self, slots: dict[str, int], gpu: bool, *, smaller: bool) -> tuple[int, ...]:
+        if self._run.ranks is None:
+            return (run_ranks(self._run, sum(slots.values()) if gpu else 0),)
+        sizes = gang_sizes(self._run)
+        return sizes if smaller and self._may_change() else sizes[:1]
+
+    def _may_change(self) -> bool:
+        """Whether the run may go on with another number of ranks, which is E1 at most."""
+        allowed = self._consent or self._run.checkpoint.exactness or self._promised()
+        return allowed != "E2"
+
+    def _promised(self) -> Level:
+        """What the first attempt declared; nothing to keep before that."""
+        for event in read_events(self._directory.events):
+            if event["event"] == "run_started" and isinstance(event.get("exactness"), dict):
+                return event["exactness"].get("level", "E2")
+        return "E1"
+
+    def _state(self, found: dict[str, Node]) -> str:
+        gpu = any(node.gpus for node in found.values())
+        free = sum(self._slots(found, gpu).values())
+        kind = "GPUs" if gpu else "cores"
+        wanted = self._run.ranks or run_ranks(self._run, 0)
+        text = f"the run wants {wanted} ranks, the nodes have {free} {kind}"
+        names = [f"{self._names.get(id, id[:8])} {why}" for id, why in self._excluded.items()]
+        return text + (f"; left out: {', '.join(names)}" if names else "")
+
+    def _too_few(self, found: dict[str, Node]) -> RunError:
+        fix = "add nodes and resume, or give `ranks_at_least` so that fewer ranks may do"
+        if self._run.ranks_at_least is not None and not self._may_change():
+            fix = (
+                "add nodes and resume, or let the run go on with fewer ranks, which is not "
+                "bit-exact: resume with --exactness E1"
+            )
+        return RunError(f"too few nodes: {self._state(found)}", fix)
