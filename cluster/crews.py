@@ -14,7 +14,7 @@ from ..trainer.run_directory import RunDirectory
 from ..trainer.settings import RunSettings
 from .causes import Verdict
 from .gang import Crew
-from .nodes import Node, alive_nodes, has_gone
+from .nodes import Node, alive_nodes, free_slots, has_gone
 from .placement import place, unit_of
 from .voice import Voice
 
@@ -47,6 +47,8 @@ class Crews:
         self._excluded = {e["node"]: str(e["reason"]) for e in events if e["event"] == "excluded"}
         """Nodes that stay out, and why; Ray numbers a node anew when it is started again."""
         self._strikes: dict[str, int] = {}
+        self._fewer = False
+        """Whether nodes were waited for in vain: it is not done again at every attempt."""
         self._names: dict[str, str] = {}
 
     def next(self, wait: float, asked: Callable[[], bool]) -> Crew | None:
@@ -64,8 +66,9 @@ class Crews:
             found = self._found()
             self._inspect(found)
             late = time.monotonic() > deadline
-            crew = self._crew(found, smaller=late)
+            crew = self._crew(found, smaller=late or self._fewer)
             if crew is not None:
+                self._fewer = late or self._fewer
                 return crew
             if late:
                 raise self._too_few(found)
@@ -102,7 +105,10 @@ class Crews:
 
     def _do_without(self, found: dict[str, Node], id: str) -> bool:
         rest = {other: node for other, node in found.items() if other != id}
-        return self._crew(rest, smaller=False) is not None
+        gpu = any(node.gpus for node in found.values())
+        most = {i: node.slots(gpu) for i, node in rest.items() if i not in self._excluded}
+        unit = unit_of(self._run, max(most.values(), default=0))
+        return any(place(most, ranks, unit) for ranks in self._sizes(most, gpu, smaller=False))
 
     def _exclude(self, id: str, reason: str) -> None:
         if id in self._excluded:
@@ -131,9 +137,10 @@ class Crews:
         return None
 
     def _slots(self, found: dict[str, Node], gpu: bool) -> dict[str, int]:
-        """Ranks that each node takes, of those that are not left out."""
-        slots = {id: node.slots(gpu) for id, node in found.items() if id not in self._excluded}
-        return {id: free for id, free in slots.items() if free}
+        """Ranks that each node takes now, of those that are not left out."""
+        known, free = {id: node.slots(gpu) for id, node in found.items()}, free_slots(gpu)
+        slots = {id: min(most, free.get(id, 0)) for id, most in known.items()}
+        return {id: n for id, n in slots.items() if n and id not in self._excluded}
 
     def _sizes(self, slots: dict[str, int], gpu: bool, *, smaller: bool) -> tuple[int, ...]:
         if self._run.ranks is None:
@@ -158,7 +165,7 @@ class Crews:
         free = sum(self._slots(found, gpu).values())
         kind = "GPUs" if gpu else "cores"
         wanted = self._run.ranks or run_ranks(self._run, 0)
-        text = f"the run wants {wanted} ranks, the nodes have {free} {kind}"
+        text = f"the run wants {wanted} ranks, the nodes have {free} free {kind}"
         names = [f"{self._names.get(id, id[:8])} {why}" for id, why in self._excluded.items()]
         return text + (f"; left out: {', '.join(names)}" if names else "")
 

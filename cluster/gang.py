@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ ENVIRONMENT = {
 """For the driver, before Ray is imported; what is set already stays."""
 
 _FOLLOW_S = 0.2
-_ANSWER_S = 15.0
+_STORAGE = "ray-train"
 _LAST_WORDS_S = 5.0
 _ENDING_S = 120.0
 
@@ -83,9 +84,6 @@ class Gang:
 
     def run(self) -> Verdict:
         """Start the ranks, follow them to their end, and say why they ended."""
-        ranks = len(self._crew.places)
-        begin = self._task.watch.begin.remote(self._task.attempt, ranks, self._crew.unit)
-        self._ray.get(begin, timeout=_ANSWER_S * 4)
         fit = threading.Thread(target=self._fit, name="fit", daemon=True)
         fit.start()
         while fit.is_alive():
@@ -98,6 +96,7 @@ class Gang:
         self._tail.follow()
         verdict = judge(self._evidence(), self._describe)
         self._log.close()
+        shutil.rmtree(self._directory.logs / _STORAGE, ignore_errors=True)
         return verdict
 
     def _fit(self) -> None:
@@ -124,7 +123,7 @@ class Gang:
             ),
             run_config=RunConfig(
                 name=f"attempt-{self._task.attempt}",
-                storage_path=str(self._directory.logs / "ray"),
+                storage_path=str(self._directory.logs / _STORAGE),
                 # Between two attempts the nodes, their number and the run's budgets are ours.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),

@@ -78,7 +78,7 @@ def drain(scene):
     ray = Path(sys.executable).with_name("ray")
     done = subprocess.run([ray, *words], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
-    return "preemption", "the nodes are taken away"
+    return "preemption", f"node {node.node_id[:8]} is taken away"
 
 
 FAULTS: tuple[Callable, ...] = (kill_rank, kill_worker, kill_node, hang, notice, drain)
