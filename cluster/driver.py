@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ..errors import CheckpointError, LongspanError, RunError
 from ..trainer.checkpoint.choice import newest_step, refuse_complete, set_aside_newer
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     voice = Voice()
     try:
-        run = RunSettings.model_validate(yaml.safe_load(recipe.read_text("utf-8")))
+        run = _read(recipe)
         connect()
         return Driver(run, options, voice).lead()
     except LongspanError as error:
@@ -316,6 +317,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # stderr leads to a file by now
         voice.complain(traceback.format_exc())
         return CRASHED
+
+
+def _read(recipe: Path) -> RunSettings:
+    """The settings that came with the job.
+
+    Raises:
+        RunError: They are none.
+    """
+    try:
+        return RunSettings.model_validate(yaml.safe_load(recipe.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise RunError(
+            f"{recipe} holds no resolved recipe: {error}", "submit the run again"
+        ) from error
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Options, Path]:

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..trainer.failure import Failure, read_failures, without_words
+from ..errors import RunError
+from ..trainer.failure import INTERRUPTED, Failure, read_failures, without_words
 from ..trainer.observe.events import EventLog
 from ..trainer.run_directory import RunDirectory
 from .causes import Evidence, Verdict, judge
@@ -83,7 +84,11 @@ class Gang:
         self._hung_since: float | None = None
 
     def run(self) -> Verdict:
-        """Start the ranks, follow them to their end, and say why they ended."""
+        """Start the ranks, follow them to their end, and say why they ended.
+
+        Raises:
+            RunError: Ray does not end ranks that hang.
+        """
         fit = threading.Thread(target=self._fit, name="fit", daemon=True)
         fit.start()
         while fit.is_alive():
@@ -92,6 +97,13 @@ class Gang:
             self._hear()
             if self._is_overdue():
                 break
+        if fit.is_alive() and self._asked() > 1:
+            return Verdict("stopped", INTERRUPTED)
+        if fit.is_alive():
+            raise RunError(
+                f"Ray has not ended ranks that hang within {_ENDING_S:.0f} s",
+                "resume: a new driver begins afresh",
+            )
         self._hear(at_once=True)
         self._tail.follow()
         verdict = judge(self._evidence(), self._describe)
