@@ -100,9 +100,11 @@ def judge(found: Evidence, describe: Callable[[int, int], Failure]) -> Verdict:
     failure = first_cause(found.failures, bad, describe)
     if found.lost:
         return _infrastructure(found, failure)
-    if found.preempted or any(end.noticed for end in found.ends.values()):
-        words = "the nodes are taken away" if found.preempted else "a worker was asked to end"
-        return Verdict("preemption", CRASHED, _words(words), tuple(found.preempted))
+    leaving = {*found.preempted, *(node for end in found.ends.values() for node in end.nodes)}
+    if leaving or any(end.noticed for end in found.ends.values()):
+        names = ", ".join(node[:8] for node in sorted(leaving))
+        words = f"node {names} is taken away" if leaving else "a worker was asked to end"
+        return Verdict("preemption", CRASHED, _words(words), tuple(sorted(leaving)))
     if found.hang is not None:
         node = found.hang.node
         return Verdict("infrastructure", CRASHED, _words(found.hang.words), (node,) if node else ())

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ..errors import CheckpointError, LongspanError, RunError
 from ..trainer.checkpoint.choice import newest_step, refuse_complete, set_aside_newer
 from ..trainer.checkpoint.store import Store, open_store
-from ..trainer.exactness import Level
+from ..trainer.exactness import Level, described
 from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED, USER_ERROR, clear_failures
 from ..trainer.observe.attempts import ended, launched, queued
 from ..trainer.observe.events import EventLog, newest_attempt
@@ -35,7 +37,7 @@ from ..trainer.settings import RunSettings
 from .budgets import Budgets
 from .causes import Verdict
 from .crews import Crews
-from .gang import ENVIRONMENT, Gang
+from .gang import ENVIRONMENT, Crew, Gang
 from .nodes import Node
 from .preflight.preflight import preflight
 from .rank import RANKS_LOCK, WORKER, Task
@@ -131,14 +133,19 @@ class Driver:
         """One gang after the other until no other can help."""
         look = (lambda nodes: self._look_at(directory, nodes)) if self._options.preflight else None
         crews = Crews(self._run, directory, self._voice, self._options.exactness, look)
-        watch = self._watch()
+        watch = None
         while True:
             attempt = queued(directory.events)
-            crew = crews.next(self._options.wait, lambda: self._signals > 0)
+            try:
+                crew = crews.next(self._options.wait, lambda: self._signals > 0)
+            except LongspanError as error:
+                ended(directory.events, attempt, error.exit_code)
+                raise
             if crew is None:
                 ended(directory.events, attempt, STOPPED)
                 return Verdict("stopped", STOPPED)
-            self._announce(directory, store, attempt, len(crew.places), len(crew.nodes))
+            watch = self._begin(watch, attempt, crew)
+            self._announce(directory, store, attempt, crew)
             clear_failures(directory.path)
             launched(directory.events, attempt, ranks=len(crew.places), nodes=list(crew.nodes))
             task = self._task(directory, attempt, watch)
@@ -166,9 +173,10 @@ class Driver:
             self._voice.say(f"{problem.level}: {problem.node}: {problem}")
         return {n.id: str(found[0]) for n in nodes if (found := report.failures(n))}
 
-    def _announce(
-        self, directory: RunDirectory, store: Store, attempt: int, ranks: int, nodes: int
-    ) -> None:
+    def _announce(self, directory: RunDirectory, store: Store, attempt: int, crew: Crew) -> None:
+        ranks, nodes, wanted = len(crew.places), len(crew.nodes), self._run.ranks
+        if wanted is not None and ranks < wanted:
+            self._voice.say(f"{ranks} of {wanted} ranks have to do: exactness {described('E1')}")
         step = newest_step(store)
         where = f"from the checkpoint at step {step}" if step is not None else "from the beginning"
         self._voice.say(
@@ -192,8 +200,26 @@ class Driver:
             command=options.command,
         )
 
-    def _watch(self) -> Any:
-        """The actor that knows all ranks, on the driver's own node."""
+    def _begin(self, watch: Any, attempt: int, crew: Crew) -> Any:
+        """The actor that knows all ranks, told of a new attempt; another one if it is gone."""
+        import ray
+        from ray.exceptions import RayError
+
+        for known in (watch, None):
+            try:
+                actor = known or self._new_watch()
+                begin = actor.begin.remote(attempt, len(crew.places), crew.unit)
+                ray.get(begin, timeout=_ANSWER_S)
+                return actor
+            except RayError as error:
+                reason = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"the driver's node starts no actor: {reason}",
+            "look at its memory and at the logs of Ray there, then resume",
+        )
+
+    def _new_watch(self) -> Any:
+        """On the driver's own node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -282,12 +308,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     voice = Voice()
     try:
-        run = RunSettings.model_validate(yaml.safe_load(recipe.read_text("utf-8")))
+        run = _read(recipe)
         connect()
         return Driver(run, options, voice).lead()
     except LongspanError as error:
         voice.complain(f"error: {error}")
         return error.exit_code
+    except Exception:  # stderr leads to a file by now
+        voice.complain(traceback.format_exc())
+        return CRASHED
+
+
+def _read(recipe: Path) -> RunSettings:
+    """The settings that came with the job.
+
+    Raises:
+        RunError: They are none.
+    """
+    try:
+        return RunSettings.model_validate(yaml.safe_load(recipe.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise RunError(
+            f"{recipe} holds no resolved recipe: {error}", "submit the run again"
+        ) from error
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Options, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..trainer.failure import Failure, read_failures, without_words
+from ..errors import RunError
+from ..trainer.failure import INTERRUPTED, Failure, read_failures, without_words
 from ..trainer.observe.events import EventLog
 from ..trainer.run_directory import RunDirectory
 from .causes import Evidence, Verdict, judge
@@ -29,7 +31,7 @@ ENVIRONMENT = {
 """For the driver, before Ray is imported; what is set already stays."""
 
 _FOLLOW_S = 0.2
-_ANSWER_S = 15.0
+_STORAGE = "ray-train"
 _LAST_WORDS_S = 5.0
 _ENDING_S = 120.0
 
@@ -82,10 +84,11 @@ class Gang:
         self._hung_since: float | None = None
 
     def run(self) -> Verdict:
-        """Start the ranks, follow them to their end, and say why they ended."""
-        ranks = len(self._crew.places)
-        begin = self._task.watch.begin.remote(self._task.attempt, ranks, self._crew.unit)
-        self._ray.get(begin, timeout=_ANSWER_S * 4)
+        """Start the ranks, follow them to their end, and say why they ended.
+
+        Raises:
+            RunError: Ray does not end ranks that hang.
+        """
         fit = threading.Thread(target=self._fit, name="fit", daemon=True)
         fit.start()
         while fit.is_alive():
@@ -94,10 +97,18 @@ class Gang:
             self._hear()
             if self._is_overdue():
                 break
+        if fit.is_alive() and self._asked() > 1:
+            return Verdict("stopped", INTERRUPTED)
+        if fit.is_alive():
+            raise RunError(
+                f"Ray has not ended ranks that hang within {_ENDING_S:.0f} s",
+                "resume: a new driver begins afresh",
+            )
         self._hear(at_once=True)
         self._tail.follow()
         verdict = judge(self._evidence(), self._describe)
         self._log.close()
+        shutil.rmtree(self._directory.logs / _STORAGE, ignore_errors=True)
         return verdict
 
     def _fit(self) -> None:
@@ -124,7 +135,7 @@ class Gang:
             ),
             run_config=RunConfig(
                 name=f"attempt-{self._task.attempt}",
-                storage_path=str(self._directory.logs / "ray"),
+                storage_path=str(self._directory.logs / _STORAGE),
                 # Between two attempts the nodes, their number and the run's budgets are ours.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),

@@ -36,6 +36,15 @@ class Node:
         return min(self.gpus, self.cores) if gpu else self.cores
 
 
+def free_slots(gpu: bool) -> dict[str, int]:
+    """Ranks that nodes could take now, by id: others may work there as well."""
+    from ray._private.state import available_resources_per_node
+
+    found = available_resources_per_node()
+    free = {id: (int(r.get("GPU", 0)), int(r.get("CPU", 0))) for id, r in found.items()}
+    return {id: min(gpus, cores) if gpu else cores for id, (gpus, cores) in free.items()}
+
+
 def has_gone(node: Node) -> bool:
     """Whether nothing listens any more where a node's raylet did: Ray itself takes longer."""
     try:

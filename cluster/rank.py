@@ -134,6 +134,8 @@ class Rank:
         self._dumped = False
         self._told_at = math.inf
         self._noticed = False
+        self._leaving: tuple[str, ...] = ()
+        """Nodes of the gang that Ray is about to lose."""
 
     def run(self) -> int:
         """See `work`."""
@@ -150,7 +152,7 @@ class Rank:
         except Exception as error:
             code = record_failure(self._directory.path, self._rank, error)
         with suppress(Exception):
-            end = End(code, self._noticed)
+            end = End(code, self._noticed, self._leaving)
             sent = self._task.watch.ended.remote(self._task.attempt, self._rank, end)
             self._ray.get(sent, timeout=_ASK_S)
         if code in (COMPLETE, STOPPED):
@@ -221,7 +223,7 @@ class Rank:
                 order = self._station.order()
                 if first:
                     order = self._tell()
-                self._noticed = self._noticed or self._is_noticed()
+                self._noticed = self._is_noticed() or self._noticed
                 if order == "end":
                     return self._end(child)
                 if (order == "stop" or self._noticed) and self._told_at == math.inf:
@@ -239,7 +241,8 @@ class Rank:
 
     def _is_noticed(self) -> bool:
         """Whether this process or a node of the gang is about to be taken away."""
-        return _notice.is_set() or _is_preempted()
+        self._leaving = _leaving_nodes()
+        return _notice.is_set() or bool(self._leaving)
 
     def _end(self, child: subprocess.Popen[bytes]) -> int:
         """End the process and its helpers at once."""
@@ -279,15 +282,16 @@ class Rank:
         return order
 
 
-def _is_preempted() -> bool:
-    """Whether Ray Train's watcher has told this worker that a node of the gang is taken away.
+def _leaving_nodes() -> tuple[str, ...]:
+    """Nodes of the gang that are taken away, as Ray Train's watcher has told this worker.
 
     `ray.train.get_preemption_info` would be a barrier of all ranks.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 
     told = getattr(get_train_context(), "preemption_context", None)
-    return getattr(told, "preemption_info", None) is not None
+    info = getattr(told, "preemption_info", None)
+    return () if info is None else tuple(info.preempted_node_ids)
 
 
 def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:

@@ -65,6 +65,15 @@ class Station:
             return "go on"
         return text if text in ("stop", "dump", "end") else "go on"  # pyright: ignore
 
+    def _not_yet(self, rank: int) -> Beat | None:
+        """A rank that has not come to its first beat."""
+        if self.beat_path(rank).exists():
+            return None  # it is being written
+        with suppress(OSError):
+            age = time.time() - (self.folder / f"rank-{rank}.pid").stat().st_mtime
+            return Beat("start_up", False, 0, time.monotonic() - age, 0.0)
+        return None
+
     def close(self) -> None:
         """Leave nothing of this run on the node."""
         shutil.rmtree(self._run, ignore_errors=True)
@@ -79,7 +88,7 @@ class Station:
         """
         now, late, own, step = time.monotonic(), [], {}, 0
         for rank, pid in self.pids().items():
-            beat = read_beat(self.beat_path(rank))
+            beat = read_beat(self.beat_path(rank)) or self._not_yet(rank)
             if beat is None:
                 continue
             own[rank], step = beat.own_s, max(step, beat.step)

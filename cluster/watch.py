@@ -129,11 +129,13 @@ class End:
 
     Attributes:
         code: Its exit code.
-        noticed: Whether its node was about to be taken away.
+        noticed: Whether it was told before that something is about to be taken away.
+        nodes: Which nodes are, as far as that was told.
     """
 
     code: int
-    noticed: bool
+    noticed: bool = False
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ class OwnTime:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds, self._begun = 0.0, 0.0
+        self._seconds, self._begun, self._computes = 0.0, 0.0, False
         # The device may be a step behind.
         self._marks = deque[tuple[torch.cuda.Event, torch.cuda.Event]](maxlen=4)
 
     def begin(self) -> None:
         """The rank begins to compute."""
+        self._computes = True
         if not self._cuda:
             self._begun = time.perf_counter()
             return
@@ -32,11 +33,12 @@ class OwnTime:
         self._marks[-1][0].record()
 
     def meet(self) -> None:
-        """The rank is through, and meets the others."""
-        if not self._cuda:
-            self._seconds = time.perf_counter() - self._begun
-        elif self._marks:
+        """The rank is through, and meets the others; what is no step's is not counted."""
+        computes, self._computes = self._computes, False
+        if computes and self._cuda:
             self._marks[-1][1].record()
+        elif computes:
+            self._seconds = time.perf_counter() - self._begun
 
     def seconds(self) -> float:
         """Of the newest step whose time is known; 0 before one is."""

@@ -59,6 +59,7 @@ LATE = Overdue(1, "step", 5, 70.0, 60.0, "T")
         ({"hang": Hang(LATE, "b", "rank 1 is stopped"), "ends": ends(r0=-9)}, "infrastructure", 1),
         ({"preempted": ["b"], "ends": ends(r0=75, r1=-9)}, "preemption", 1),
         ({"ends": {0: End(75, True), 1: End(75, True)}}, "preemption", 1),
+        ({"ends": {0: End(75, True, ("b",)), 1: End(0)}}, "preemption", 1),
         ({"error": "ControllerError: no placement"}, "infrastructure", 1),
     ],
 )  # fmt: skip
@@ -82,3 +83,4 @@ def test_the_first_failure_is_shown_and_its_node_struck():
     assert said.failure.rank == 1
     assert verdict(lost=["b"]).struck == ("b",) and "rank 1" in verdict(lost=["b"]).failure.message
     assert verdict(hang=Hang(LATE, "", "hangs")).struck == ()
+    assert verdict(ends={0: End(75, True, ("b",)), 1: End(75, True, ("b",))}).struck == ("b",)

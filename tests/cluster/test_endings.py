@@ -81,7 +81,7 @@ def fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     cluster.kill_node(cluster.nodes[1])
     assert drive.ends() == 2, drive.text()
     said = drive.said()
-    assert "too few nodes: the run wants 2 ranks, the nodes have 1 cores" in said
+    assert "too few nodes: the run wants 2 ranks, the nodes have 1 free cores" in said
     assert "was lost" in said and "--exactness E1" in said
     again = Drive(cluster, run, tmp_path / "run", *more, "--exactness", "E1")
     assert again.ends() == 0, again.text()

@@ -79,8 +79,11 @@ def test_one_rank_tells_of_all_on_its_node(tmp_path, monkeypatch):
     report = station.look(floor=60, first=60, dumped=True)
     assert (report.node, report.step, report.overdue, report.dumped) == ("node", 8, (), True)
     time.sleep(0.02)
-    late = station.look(floor=0.01, first=0.01, dumped=False).overdue
-    assert sorted(one.rank for one in late) == [4, 5] and late[0].state == "R"
+    station.started(6, os.getpid())  # it has not come to its first beat
+    time.sleep(0.02)
+    late = {one.rank: one for one in station.look(0.01, 0.01, dumped=False).overdue}
+    assert sorted(late) == [4, 5, 6] and late[4].state == "R"
+    assert (late[4].section, late[6].section) == ("step", "start_up")
     assert process_state(2**22 + 1) == ""
     assert station.order() == "go on"
     station.give("stop")

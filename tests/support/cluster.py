@@ -71,7 +71,10 @@ class LocalCluster:
         self._cluster = Cluster(
             initialize_head=True, head_node_args={**head, "_system_config": _SYSTEM} | self._common
         )
+        self._count = nodes
         self.nodes = [self.add_node() for _ in range(nodes)]
+        self.spoiled: list[Any] = []
+        """Nodes that no run can use any more although they are alive."""
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -91,12 +94,15 @@ class LocalCluster:
         return self._cluster.add_node(num_cpus=self.cores, **self._common)
 
     def revive(self) -> None:
-        """As many nodes as at first, whatever was killed."""
-        for index, node in enumerate(self.nodes):
-            if raylet(node).poll() is not None:
+        """As many nodes as at first, whatever was killed, drained or added."""
+        for node in list(self.nodes):
+            gone = raylet(node).poll() is not None or node in self.spoiled
+            if gone or len(self.nodes) > self._count:
                 with contextlib.suppress(Exception):
                     self._cluster.remove_node(node, allow_graceful=False)
-                self.nodes[index] = self.add_node()
+                self.nodes.remove(node)
+        self.spoiled.clear()
+        self.nodes += [self.add_node() for _ in range(self._count - len(self.nodes))]
 
     def kill_node(self, node: Any) -> None:
         """A node dies: its raylet is killed, and what it had started ends."""
@@ -186,7 +192,7 @@ class Drive:
 
     def text(self) -> str:
         """What it said."""
-        logs = [path.read_text("utf-8", "replace")[-3000:] for path in self._logs()]
+        logs = [path.read_text("utf-8", "replace")[-1000:] for path in self._logs()]
         return self.output.read_text("utf-8", "replace") + "\n".join(logs)
 
     def said(self) -> str:
