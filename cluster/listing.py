@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import LongspanError
@@ -94,7 +95,10 @@ def _headline(standing: Standing) -> list[str]:
 def _from_afar(standing: Standing) -> list[str]:
     """What can be said of a run whose folder is not visible here: the end of its output."""
     record, lines = standing.record, []
-    lines.append(f"  folder: {standing.record.run_dir} (not visible from here, or not there yet)")
+    unseen = "not visible from here"
+    if record.cluster is not None and Path(record.cluster.storage).is_dir():
+        unseen = "not there yet"
+    lines.append(f"  folder: {record.run_dir} ({unseen})")
     if standing.job is not None:
         try:
             text = redact_text(Jobs(cluster_of(record)).logs(standing.job.id))
