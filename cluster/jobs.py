@@ -188,7 +188,6 @@ class Jobs:
         entrypoint: str,
         *,
         code: Sequence[str],
-        working_dir: str,
         variables: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> bool:
@@ -198,18 +197,13 @@ class Jobs:
             submission: Its id.
             entrypoint: The driver's command line.
             code: Uploaded packages for the Python path.
-            working_dir: The uploaded working directory.
             variables: Of the driver's environment; anybody on the cluster can read them.
             metadata: Kept with the job.
 
         Returns:
             False when the cluster has a job of this id already.
         """
-        environment = {
-            "working_dir": working_dir,
-            "py_modules": list(code),
-            "env_vars": dict(variables),
-        }
+        environment = {"py_modules": list(code), "env_vars": dict(variables)}
         request = {
             "submission_id": submission,
             "entrypoint": entrypoint,

@@ -197,8 +197,8 @@ class Dashboard:
             "driver_exit_code": None,
             **asked,
         }
-        needed = [asked["runtime_env"]["working_dir"], *asked["runtime_env"]["py_modules"]]
-        if not self.kept >= set(needed) <= self.packages.keys():
+        needed = set(asked["runtime_env"]["py_modules"])
+        if not self.kept >= needed <= self.packages.keys():
             message = "runtime_env setup failed: Failed to set up.\n...\nOSError: no package\n"
             self.jobs[name]["message"] = message
             self.output[name] = ""
