@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 RECIPE = "LONGSPAN_RECIPE"
 """The environment variable that holds the resolved recipe."""
@@ -27,6 +28,8 @@ def main() -> None:
     """Become the driver; the ranks need not inherit the recipe."""
     recipe = os.environ.pop(RECIPE)
     words = command(sys.argv[1:], recipe)
+    # Where Ray was started is no place of the user's: paths are shown in full from here.
+    os.chdir(Path(__file__).parents[2])
     os.execv(words[0], words)
 
 

@@ -94,7 +94,7 @@ def test_the_entry_becomes_the_driver_and_hands_the_recipe_on(tmp_path):
     (tmp_path / "longspan" / "cluster" / "entry.py").write_text(Path(entry.__file__).read_text())
     (tmp_path / "longspan" / "cluster" / "driver.py").write_text(
         "import os, sys\nfrom pathlib import Path\n"
-        "print(os.getpid(), 'LONGSPAN_RECIPE' in os.environ, sys.argv[1:-1])\n"
+        "print(os.getpid(), os.getcwd(), 'LONGSPAN_RECIPE' in os.environ, sys.argv[1:-1])\n"
         "print(Path(sys.argv[-1]).read_text('utf-8'), end='')\nsys.exit(75)\n"
     )
     process = subprocess.Popen(
@@ -105,7 +105,7 @@ def test_the_entry_becomes_the_driver_and_hands_the_recipe_on(tmp_path):
     )
     out, _ = process.communicate()
     first, rest = out.split("\n", 1)
-    assert first == f"{process.pid} False ['--run-id', 'a b', '--recipe']"
+    assert first == f"{process.pid} {tmp_path} False ['--run-id', 'a b', '--recipe']"
     assert rest == recipe and process.returncode == 75
 
 
