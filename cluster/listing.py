@@ -79,7 +79,10 @@ def show_run(run: Record | RunDirectory) -> tuple[dict[str, Any], str]:
 def _headline(standing: Standing) -> list[str]:
     record, job = standing.record, standing.job
     assert record.cluster is not None
-    lines = [f"{record.id}: {_WORDS.get(standing.state, standing.state)}"]
+    words = _WORDS.get(standing.state, standing.state)
+    if standing.state == "stopped" and record.directory.is_run():
+        words = "stopped, and saved"
+    lines = [f"{record.id}: {words}"]
     where = f"  cluster {record.cluster.name}"
     if job is not None:
         where += f", job {job.id} {job.status.lower()}"

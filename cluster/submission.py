@@ -326,9 +326,9 @@ def _plan(record: Record, recipe: Recipe, shape: Shape, expected: Forecast) -> l
 def _time(expected: Forecast, ranks: int, device: str) -> str:
     if expected.hours is None or expected.rate is None:
         return "not known: nothing like it was trained from here yet"
-    amount, unit = (
-        (expected.hours, "hours") if expected.hours >= 1 else (expected.hours * 60, "minutes")
-    )
+    units = ((1.0, "hours"), (1 / 60, "minutes"), (0.0, "seconds"))
+    size, unit = next(both for both in units if expected.hours >= both[0])
+    amount = expected.hours / (size or 1 / 3600)
     return (
         f"{amount:,.1f} {unit} of training, {amount * ranks:,.1f} {device}-{unit}, "
         f"at {expected.rate:,.0f} tokens/s as in {expected.run}"

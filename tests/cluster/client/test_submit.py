@@ -296,7 +296,7 @@ def test_the_time_is_that_of_an_equal_run_before(longspan, lab, dashboard, stora
     leave_smoke(storage / "runs" / "first")
     _, out, _ = longspan("submit", "smoke", "--dry-run", "--set", "seed=3")
     # 4,096 tokens at 512 a second and as many at 1,024: 12 seconds on each of two ranks.
-    assert "0.2 minutes of training, 0.4 CPU core-minutes, at 683 tokens/s as in first" in out
+    assert "12.0 seconds of training, 24.0 CPU core-seconds, at 683 tokens/s as in first" in out
     _, out, _ = longspan("submit", "smoke", "--dry-run", "--set", "model.layers=4")
     assert "time     not known" in out
 

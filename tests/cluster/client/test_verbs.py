@@ -57,7 +57,7 @@ def test_a_run_from_queue_to_end(longspan, dashboard, lab, folder):
     EventLog(directory.events, 1).write("ended", code=75, how="stopped")
     dashboard.end(job, "FAILED", 75)
     _, out, _ = longspan("status", "mine")
-    assert out.startswith("mine: stopped\n") and "  longspan resume mine" in out
+    assert out.startswith("mine: stopped, and saved\n") and "  longspan resume mine" in out
     directory.mark_complete({})
     dashboard.end(job, "SUCCEEDED", 0)
     _, out, _ = longspan("status", "mine")
@@ -97,7 +97,7 @@ def test_a_cluster_that_is_down_is_a_note(longspan, dashboard, folder):
     folder(3)
     dashboard.stop()
     code, out, _ = longspan("status", "mine")
-    assert code == 0 and out.startswith("mine: stopped\n") and "step 3 of 8" in out
+    assert code == 0 and out.startswith("mine: stopped, and saved\n") and "step 3 of 8" in out
     assert "note: cluster lab" in out and "cannot be reached" in out
     code, out, _ = longspan("runs")
     assert code == 0 and "note: mine: cluster lab" in out
