@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import ClusterError
+from ..redact import redact_text
 from .clusters import Cluster
 from .door import Answer, Door, NoAnswer
 
@@ -22,6 +23,7 @@ LIVE = ("PENDING", "RUNNING")
 RUN_KEY, SETTINGS_KEY = "longspan_run", "longspan_settings"
 """Keys of a job's metadata: the run's id, and `settings_hash` of its recipe."""
 
+_SHOWN = 300
 _GATEWAY = (502, 503, 504)
 _NOT_READY = "No available agent"
 _READY_S = 60.0
@@ -55,6 +57,14 @@ class Job:
     def is_live(self) -> bool:
         """Whether it has not ended."""
         return self.status in LIVE
+
+    @property
+    def trouble(self) -> str:
+        """Why Ray could not start its driver, or lost it; empty for a driver that ended."""
+        if self.status != "FAILED" or self.exit_code is not None:
+            return ""
+        lines = [line.strip() for line in redact_text(self.message).splitlines() if line.strip()]
+        return " ... ".join(line[:_SHOWN] for line in dict.fromkeys([*lines[:1], *lines[-1:]]))
 
     @property
     def run(self) -> str | None:
@@ -164,9 +174,12 @@ class Jobs:
             Its address inside of the cluster. Equal contents have equal addresses.
         """
         name = f"_ray_pkg_{hashlib.sha256(content).hexdigest()[:32]}.zip"
-        answer = self.door.ask("PUT", f"/api/packages/gcs/{name}", content)
-        if answer.status != 200:
-            raise self._cannot("take the code", answer)
+        path = f"/api/packages/gcs/{name}"
+        # To ask for it also keeps it for some minutes, until a job needs it.
+        if self.door.ask("GET", path).status != 200:
+            answer = self.door.ask("PUT", path, content)
+            if answer.status != 200:
+                raise self._cannot("take the code", answer)
         return f"gcs://{name}"
 
     def submit(
@@ -175,7 +188,6 @@ class Jobs:
         entrypoint: str,
         *,
         code: Sequence[str],
-        working_dir: str,
         variables: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> bool:
@@ -185,18 +197,13 @@ class Jobs:
             submission: Its id.
             entrypoint: The driver's command line.
             code: Uploaded packages for the Python path.
-            working_dir: The uploaded working directory.
             variables: Of the driver's environment; anybody on the cluster can read them.
             metadata: Kept with the job.
 
         Returns:
             False when the cluster has a job of this id already.
         """
-        environment = {
-            "working_dir": working_dir,
-            "py_modules": list(code),
-            "env_vars": dict(variables),
-        }
+        environment = {"py_modules": list(code), "env_vars": dict(variables)}
         request = {
             "submission_id": submission,
             "entrypoint": entrypoint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import LongspanError
@@ -78,7 +79,10 @@ def show_run(run: Record | RunDirectory) -> tuple[dict[str, Any], str]:
 def _headline(standing: Standing) -> list[str]:
     record, job = standing.record, standing.job
     assert record.cluster is not None
-    lines = [f"{record.id}: {_WORDS.get(standing.state, standing.state)}"]
+    words = _WORDS.get(standing.state, standing.state)
+    if standing.state == "stopped" and record.directory.is_run():
+        words = "stopped, and saved"
+    lines = [f"{record.id}: {words}"]
     where = f"  cluster {record.cluster.name}"
     if job is not None:
         where += f", job {job.id} {job.status.lower()}"
@@ -94,7 +98,10 @@ def _headline(standing: Standing) -> list[str]:
 def _from_afar(standing: Standing) -> list[str]:
     """What can be said of a run whose folder is not visible here: the end of its output."""
     record, lines = standing.record, []
-    lines.append(f"  folder: {standing.record.run_dir} (not visible from here, or not there yet)")
+    unseen = "not visible from here"
+    if record.cluster is not None and Path(record.cluster.storage).is_dir():
+        unseen = "not there yet"
+    lines.append(f"  folder: {record.run_dir} ({unseen})")
     if standing.job is not None:
         try:
             text = redact_text(Jobs(cluster_of(record)).logs(standing.job.id))

@@ -79,12 +79,15 @@ def _of_job(record: Record, stream: TextIO, follow: bool) -> int:
     jobs = Jobs(cluster_of(record))
     if not follow:
         stream.write(redact_text(jobs.logs(job.id)))
+        if standing.note:
+            print(f"note: {standing.note}", file=sys.stderr)
         return COMPLETE
     ended = _follow_job(jobs, job, stream)
-    state = stand_alone(record).state
+    standing = stand_alone(record)
+    state, note = standing.state, standing.note
     if state not in _CODES and ended is not None:
         state = job_state(ended)
-    print(f"\n{record.id}: {state}", file=sys.stderr)
+    print(f"\n{record.id}: {state}" + (f": {note}" if note else ""), file=sys.stderr)
     return _CODES.get(state, (ended.exit_code if ended else None) or CRASHED)
 
 

@@ -109,6 +109,8 @@ def _stand(record: Record, jobs: Sequence[Job], note: str) -> Standing:
         return Standing(record, folder or "gone", position)
     if not jobs and not note:
         note = "the cluster does not know its jobs any more: its head was restarted"
+    if job is not None and job.trouble:
+        note = f"Ray says: {job.trouble}"
     return Standing(record, merged(folder, job), position, job, note)
 
 

@@ -23,13 +23,13 @@ from ..trainer.run_directory import settings_hash
 from ..trainer.settings import RunSettings
 from .clusters import Cluster, find_cluster, known_cluster
 from .door import NoAnswer
+from .entry import RECIPE
 from .forecast import Forecast, forecast, shape_key
 from .jobs import RUN_KEY, SETTINGS_KEY, Jobs, number_of
 from .registry import Place, Record, Registry, check_id, new_id
 from .shape import Shape, check_on, ranks_on, shape_of
-from .wheel import build_wheel, pack
+from .wheel import build_wheel
 
-_RECIPE = "recipe.yaml"
 _ENDING_S = 60
 """Seconds beyond `recovery.grace` in which a driver that was asked to stop may end by itself."""
 
@@ -184,13 +184,13 @@ def entrypoint(record: Record, cluster: Cluster, options: Sequence[str] = ()) ->
     """The command line of a run's driver, for a shell."""
     settings = cluster.settings
     words = ["--run-id", record.id, "--run-dir", record.run_dir]
-    words += ["--name", record.recipe, "--recipe", _RECIPE, *options]
+    words += ["--name", record.recipe, *options]
     if settings.secrets:
         words += ["--secrets", *(f"{name}={path}" for name, path in settings.secrets.items())]
     if settings.interface is not None:
         words += ["--interface", settings.interface]
     # exec: the shell would get the signal to stop as well, and die of it.
-    return f"exec python -P -m longspan.cluster.driver {shlex.join(words)}"
+    return f"exec python -P -m longspan.cluster.entry {shlex.join(words)}"
 
 
 def _record(order: Order, recipe: Recipe, cluster: Cluster) -> Record:
@@ -250,7 +250,6 @@ def _send(
     """Record a job, then submit it: whatever ends this in between, the run can be found."""
     submission = f"{record.id}-{number}"
     code = jobs.upload(build_wheel().path.read_bytes())
-    folder = jobs.upload(pack({_RECIPE: text.encode()}))
     sent = record.submitted(submission)
     registry.write(sent, text)
     try:
@@ -258,9 +257,11 @@ def _send(
             submission,
             entrypoint(record, jobs.cluster, options),
             code=[code],
-            working_dir=folder,
-            # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
-            variables={"RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + _ENDING_S)},
+            variables={
+                RECIPE: text,
+                # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
+                "RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + _ENDING_S),
+            },
             metadata={RUN_KEY: record.id, SETTINGS_KEY: settings_hash(run)},
         )
     except ClusterError as error:
@@ -325,9 +326,9 @@ def _plan(record: Record, recipe: Recipe, shape: Shape, expected: Forecast) -> l
 def _time(expected: Forecast, ranks: int, device: str) -> str:
     if expected.hours is None or expected.rate is None:
         return "not known: nothing like it was trained from here yet"
-    amount, unit = (
-        (expected.hours, "hours") if expected.hours >= 1 else (expected.hours * 60, "minutes")
-    )
+    units = ((1.0, "hours"), (1 / 60, "minutes"), (0.0, "seconds"))
+    size, unit = next(both for both in units if expected.hours >= both[0])
+    amount = expected.hours / (size or 1 / 3600)
     return (
         f"{amount:,.1f} {unit} of training, {amount * ranks:,.1f} {device}-{unit}, "
         f"at {expected.rate:,.0f} tokens/s as in {expected.run}"

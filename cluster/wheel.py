@@ -64,7 +64,7 @@ def build_wheel(root: Path = _ROOT, cache: Path | None = None) -> Wheel:
     return Wheel(path, digest)
 
 
-def pack(files: Mapping[str, bytes]) -> bytes:
+def _zip(files: Mapping[str, bytes]) -> bytes:
     """A zip file that depends on names and contents only."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -80,7 +80,7 @@ def _pack(files: dict[str, bytes]) -> bytes:
     """A zip file with the RECORD that makes it a wheel."""
     record = f"{_info()}/RECORD"
     lines = [f"{name},sha256={_hash(files[name])},{len(files[name])}" for name in sorted(files)]
-    return pack(files | {record: "\n".join([*lines, f"{record},,", ""]).encode()})
+    return _zip(files | {record: "\n".join([*lines, f"{record},,", ""]).encode()})
 
 
 def _hash(content: bytes) -> str:

@@ -41,6 +41,7 @@ class Dashboard:
         jobs: By submission id, as the API shows them.
         output: What each job has printed.
         packages: Uploaded files.
+        kept: Those that were asked for before, which keeps them until a job needs them.
         requests: All of them, in order.
     """
 
@@ -56,6 +57,7 @@ class Dashboard:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     output: dict[str, str] = field(default_factory=dict)
     packages: dict[str, bytes] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
     requests: list[Request] = field(default_factory=list)
     port: int = 0
 
@@ -97,6 +99,7 @@ class Dashboard:
             [
                 web.get("/api/version", self._version),
                 web.get("/api/v0/nodes", self._nodes),
+                web.get("/api/packages/gcs/{name}", self._ask_package),
                 web.put("/api/packages/gcs/{name}", self._package),
                 web.get("/api/jobs/", self._list),
                 web.post("/api/jobs/", self._submit),
@@ -142,6 +145,11 @@ class Dashboard:
         ]
         rows.append({"node_id": "dead", "state": "DEAD", "resources_total": {"CPU": 64.0}})
         return web.json_response({"result": True, "data": {"result": {"result": rows}}})
+
+    async def _ask_package(self, request: web.Request) -> web.Response:
+        uri = f"gcs://{request.match_info['name']}"
+        self.kept.add(uri)
+        return web.Response(status=200 if uri in self.packages else 404)
 
     async def _package(self, request: web.Request) -> web.Response:
         self.packages[f"gcs://{request.match_info['name']}"] = await request.read()
@@ -189,6 +197,12 @@ class Dashboard:
             "driver_exit_code": None,
             **asked,
         }
+        needed = set(asked["runtime_env"]["py_modules"])
+        if not self.kept >= needed <= self.packages.keys():
+            message = "runtime_env setup failed: Failed to set up.\n...\nOSError: no package\n"
+            self.jobs[name]["message"] = message
+            self.output[name] = ""
+            self.end(self.jobs[name], "FAILED")
         self.output.setdefault(name, f"Running entrypoint for job {name}\n")
 
     async def _list(self, request: web.Request) -> web.Response:

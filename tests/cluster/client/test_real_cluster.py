@@ -23,8 +23,8 @@ CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
 
-folder, port = sys.argv[1], int(sys.argv[2])
-common = {"object_store_memory": 80 * 2**20, "temp_dir": folder, "node_ip_address": "127.0.0.1"}
+port = int(sys.argv[1])
+common = {"object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.1"}
 common["dashboard_agent_listen_port"] = 0  # both nodes have one address
 head = {"num_cpus": 0, "dashboard_host": "127.0.0.1", "dashboard_port": port}
 head = {**common, **head, "include_dashboard": True}
@@ -48,7 +48,8 @@ def save(*_):
 
 signal.signal(signal.SIGTERM, save)
 print("package", Path(longspan.__file__).parent, flush=True)
-print("folder", sorted(os.listdir()), "arguments", sys.argv[1:], flush=True)
+print("arguments", sys.argv[1:], flush=True)
+print(Path(sys.argv[-1]).read_text()[:40], flush=True)
 print("key", os.environ.get("WANDB_API_KEY"), flush=True)
 if "--from" in sys.argv:
     sys.exit(0)
@@ -68,12 +69,14 @@ def ray_address():
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Where drivers look for the newest cluster of the machine: there may be others.
+        "RAY_TMPDIR": folder,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback is the address of a node
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     environment.pop("PYTHONPATH", None)
     with subprocess.Popen(
-        [sys.executable, "-c", CLUSTER, f"{folder}/ray", str(port)],
+        [sys.executable, "-c", CLUSTER, str(port)],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -130,7 +133,8 @@ def test_submit_logs_stop_and_resume(longspan, ray_lab, storage, monkeypatch):
     out = wait_for_output(longspan, "mine", "key None")
     package = next(line for line in out.splitlines() if line.startswith("package "))
     assert "py_modules_files" in package and str(ROOT) not in package
-    assert "folder ['recipe.yaml'] arguments ['--run-id', 'mine', '--run-dir'" in out
+    assert "arguments ['--run-id', 'mine', '--run-dir'" in out
+    assert "# The resolved recipe of smoke.\n" in out
     assert "--secrets', 'WANDB_API_KEY=***" in out
     assert longspan("status", "mine")[1].startswith("mine: running\n  cluster lab, job mine-1 run")
     assert "was submitted before" in longspan("submit", "smoke", "--run-id", "mine")[1]

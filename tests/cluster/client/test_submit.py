@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
+from longspan.cluster import entry
 from longspan.cluster import jobs as jobs_module
 from longspan.cluster.jobs import Jobs
 from longspan.cluster.registry import Registry
@@ -58,11 +63,11 @@ def test_the_job_is_the_driver_with_the_resolved_recipe(longspan, lab, dashboard
     assert longspan("submit", "smoke", "--run-id", "mine", *settings)[0] == 0
     job = sent(dashboard)
     assert job["submission_id"] == "mine-1"
-    assert job["entrypoint"].startswith("exec python -P -m longspan.cluster.driver ")
+    assert job["entrypoint"].startswith("exec python -P -m longspan.cluster.entry ")
     words = shlex.split(job["entrypoint"])
     assert words[5:] == [
         "--run-id", "mine", "--run-dir", f"{storage}/runs/mine", "--name", "smoke",
-        "--recipe", "recipe.yaml", "--secrets", "WANDB_API_KEY=/etc/a b/key",
+        "--secrets", "WANDB_API_KEY=/etc/a b/key",
         "HF_TOKEN=/etc/hf", "--interface", "eth0",
     ]  # fmt: skip
     run = load_recipe("smoke", ["seed=9", "recovery.grace=90s"]).run()
@@ -70,13 +75,38 @@ def test_the_job_is_the_driver_with_the_resolved_recipe(longspan, lab, dashboard
         "longspan_run": "mine", "longspan_settings": settings_hash(run)
     }  # fmt: skip
     environment = job["runtime_env"]
+    assert environment.keys() == {"env_vars", "py_modules"}
+    recipe = environment["env_vars"].pop("LONGSPAN_RECIPE")
+    assert RunSettings.model_validate(yaml.safe_load(recipe)) == run
     assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "150"}
     (code,) = environment["py_modules"]
     code = zipfile.ZipFile(io.BytesIO(dashboard.packages[code]))
     assert {"longspan/cli.py", "longspan/cluster/submission.py"} <= set(code.namelist())
-    folder = zipfile.ZipFile(io.BytesIO(dashboard.packages[environment["working_dir"]]))
-    assert folder.namelist() == ["recipe.yaml"]
-    assert RunSettings.model_validate(yaml.safe_load(folder.read("recipe.yaml"))) == run
+
+
+def test_the_entry_becomes_the_driver_and_hands_the_recipe_on(tmp_path):
+    """A recipe of any length; the ranks' environment is without it."""
+    recipe = "# " + "x" * 100_000 + "\nend"
+    (tmp_path / "longspan").mkdir()
+    (tmp_path / "longspan" / "__init__.py").touch()
+    (tmp_path / "longspan" / "cluster").mkdir()
+    (tmp_path / "longspan" / "cluster" / "__init__.py").touch()
+    (tmp_path / "longspan" / "cluster" / "entry.py").write_text(Path(entry.__file__).read_text())
+    (tmp_path / "longspan" / "cluster" / "driver.py").write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "print(os.getpid(), os.getcwd(), 'LONGSPAN_RECIPE' in os.environ, sys.argv[1:-1])\n"
+        "print(Path(sys.argv[-1]).read_text('utf-8'), end='')\nsys.exit(75)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "longspan.cluster.entry", "--run-id", "a b"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "LONGSPAN_RECIPE": recipe},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    out, _ = process.communicate()
+    first, rest = out.split("\n", 1)
+    assert first == f"{process.pid} {tmp_path} False ['--run-id', 'a b', '--recipe']"
+    assert rest == recipe and process.returncode == 75
 
 
 def test_a_dry_run_checks_everything_and_sends_nothing(longspan, lab, dashboard):
@@ -266,7 +296,7 @@ def test_the_time_is_that_of_an_equal_run_before(longspan, lab, dashboard, stora
     leave_smoke(storage / "runs" / "first")
     _, out, _ = longspan("submit", "smoke", "--dry-run", "--set", "seed=3")
     # 4,096 tokens at 512 a second and as many at 1,024: 12 seconds on each of two ranks.
-    assert "0.2 minutes of training, 0.4 CPU core-minutes, at 683 tokens/s as in first" in out
+    assert "12.0 seconds of training, 24.0 CPU core-seconds, at 683 tokens/s as in first" in out
     _, out, _ = longspan("submit", "smoke", "--dry-run", "--set", "model.layers=4")
     assert "time     not known" in out
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from longspan.cluster import output, standing, stop
-from longspan.cluster.jobs import Job
+from longspan.cluster.jobs import Job, Jobs
 from longspan.cluster.registry import Registry
 from longspan.cluster.standing import merged
 from longspan.recipes.loading import load_recipe
@@ -57,7 +57,7 @@ def test_a_run_from_queue_to_end(longspan, dashboard, lab, folder):
     EventLog(directory.events, 1).write("ended", code=75, how="stopped")
     dashboard.end(job, "FAILED", 75)
     _, out, _ = longspan("status", "mine")
-    assert out.startswith("mine: stopped\n") and "  longspan resume mine" in out
+    assert out.startswith("mine: stopped, and saved\n") and "  longspan resume mine" in out
     directory.mark_complete({})
     dashboard.end(job, "SUCCEEDED", 0)
     _, out, _ = longspan("status", "mine")
@@ -87,7 +87,7 @@ def test_what_folder_and_job_say_together(folder, status, code, state):
 def test_a_folder_that_is_not_visible_is_made_up_for_by_the_output(longspan, dashboard, mine):
     dashboard.output["mine-1"] += "".join(f"step={n}\n" for n in range(9))
     _, out, _ = longspan("status", "mine")
-    assert "not visible from here" in out and out.endswith("    step=7\n    step=8\n")
+    assert "/runs/mine (not there yet)\n" in out and out.endswith("    step=7\n    step=8\n")
     assert "step=3" not in out
     values = json.loads(longspan("status", "mine", "--json")[1])
     assert (values["id"], values["state"], values["job"]) == ("mine", "running", "mine-1")
@@ -97,7 +97,7 @@ def test_a_cluster_that_is_down_is_a_note(longspan, dashboard, folder):
     folder(3)
     dashboard.stop()
     code, out, _ = longspan("status", "mine")
-    assert code == 0 and out.startswith("mine: stopped\n") and "step 3 of 8" in out
+    assert code == 0 and out.startswith("mine: stopped, and saved\n") and "step 3 of 8" in out
     assert "note: cluster lab" in out and "cannot be reached" in out
     code, out, _ = longspan("runs")
     assert code == 0 and "note: mine: cluster lab" in out
@@ -304,3 +304,17 @@ def test_a_recipe_that_this_version_cannot_read(longspan, dashboard, mine):
     code, _, err = longspan("resume", "mine")
     assert code == 2 and "the recipe of mine cannot be read by longspan" in err
     assert list(dashboard.jobs) == ["mine-1"]
+
+
+def test_a_job_that_ray_cannot_start_says_why(longspan, dashboard, lab, monkeypatch):
+    """A package that nobody keeps is gone before the job needs it."""
+    assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
+    assert dashboard.jobs["mine-1"]["status"] == "RUNNING"
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 1)
+    dashboard.packages.clear()
+    monkeypatch.setattr(Jobs, "upload", lambda *_: "gcs://gone.zip")
+    assert longspan("resume", "mine")[0] == 0
+    why = "Ray says: runtime_env setup failed: Failed to set up. ... OSError: no package"
+    assert "mine: failed\n" in (out := longspan("status", "mine")[1]) and why in out
+    assert longspan("logs", "mine") == (0, "", f"note: {why}\n")
+    assert longspan("logs", "-f", "mine") == (1, "", f"\nmine: failed: {why}\n")
