@@ -115,7 +115,7 @@ def _packages() -> Iterator[Row]:
 
 
 def _tracking() -> Iterator[Row]:
-    from .observe.tracking import resolve_mode
+    from .observe.wandb_account import resolve_mode
 
     mode = resolve_mode(TrackingSettings())
     remark = "metrics go to Weights & Biases as well"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from longspan.errors import RunError
-from longspan.trainer.observe import tracking
+from longspan.trainer.observe import tracking, tracking_pipe, wandb_account
 from longspan.trainer.observe.observer import open_observer
 from longspan.trainer.observe.sink import Sink, StepMetrics
 from longspan.trainer.run_directory import create_or_open
@@ -70,7 +70,7 @@ def directory(tmp_path):
 
 def test_auto_is_off_without_any_set_up(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert tracking.resolve_mode(AUTO) == "off"
+    assert wandb_account.resolve_mode(AUTO) == "off"
     assert "wandb" not in sys.modules
 
 
@@ -89,35 +89,35 @@ def test_auto_is_off_without_any_set_up(monkeypatch):
 def test_auto_follows_the_environment(monkeypatch, variables, mode):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert tracking.resolve_mode(AUTO) == mode
+    assert wandb_account.resolve_mode(AUTO) == mode
 
 
 def test_auto_finds_a_login_in_netrc_for_the_right_host(home, monkeypatch):
     (home / ".netrc").write_text(f"machine example.org login user password {KEY}\n")
-    assert tracking.resolve_mode(AUTO) == "off"
+    assert wandb_account.resolve_mode(AUTO) == "off"
     (home / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert tracking.resolve_mode(AUTO) == "online"
+    assert wandb_account.resolve_mode(AUTO) == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert tracking.resolve_mode(AUTO) == "off"
+    assert wandb_account.resolve_mode(AUTO) == "off"
 
 
 def test_auto_reads_the_settings_files_of_wandb(home):
     (home / ".config" / "wandb").mkdir(parents=True)
     (home / ".config" / "wandb" / "settings").write_text(f"[default]\napi_key = {KEY}\n")
-    assert tracking.resolve_mode(AUTO) == "online"
+    assert wandb_account.resolve_mode(AUTO) == "online"
     (home / "wandb").mkdir()
     (home / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    assert tracking.resolve_mode(AUTO) == "offline"
+    assert wandb_account.resolve_mode(AUTO) == "offline"
 
 
 def test_online_without_a_key_is_an_error_before_training(monkeypatch):
     with pytest.raises(RunError, match="no Weights & Biases key") as caught:
-        tracking.check_tracking(TrackingSettings(wandb="online"))
+        wandb_account.check_tracking(TrackingSettings(wandb="online"))
     assert "wandb login" in caught.value.fix
-    tracking.check_tracking(TrackingSettings(wandb="offline"))
-    tracking.check_tracking(AUTO)
+    wandb_account.check_tracking(TrackingSettings(wandb="offline"))
+    wandb_account.check_tracking(AUTO)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    tracking.check_tracking(TrackingSettings(wandb="online"))
+    wandb_account.check_tracking(TrackingSettings(wandb="online"))
 
 
 def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
@@ -144,8 +144,8 @@ def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
 
 def test_context_ranks_and_alarms_are_tracked(directory, monkeypatch, tmp_path):
     script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
-    tracker = tracking.start_tracking(directory, settings(), 1, Console())
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, Console())
     tracker.step(metrics(1))
     of_context = {"context_bytes": 7, "context_wait_s": 0.0, "imbalance": 1.25}
     tracker.step(replace(metrics(2), **of_context))
@@ -161,11 +161,11 @@ def test_context_ranks_and_alarms_are_tracked(directory, monkeypatch, tmp_path):
 
 def test_no_credential_is_tracked_and_the_goodput_is(directory, monkeypatch, tmp_path):
     script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
     run = settings()
     project = TrackingSettings(wandb="offline", project="https://me:password-of-mine@host")
     run = run.model_copy(update={"tracking": project})
-    tracker = tracking.start_tracking(directory, run, 1, Console())
+    (tracker,) = tracking.start_tracking(directory, run, 1, Console())
     tracker.alarm("save", 2, "refused: api_key='password-of-mine'")
     tracker.finished({"goodput": {"share": 0.5, "seconds": {"productive": 2.0}}})
     sent = (tmp_path / "sent").read_text()
@@ -178,9 +178,9 @@ def test_no_credential_is_tracked_and_the_goodput_is(directory, monkeypatch, tmp
 
 def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, monkeypatch):
     script = "print('failed no route to host', flush=True)"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
     deadline = time.monotonic() + 20
     while not console.warned and time.monotonic() < deadline:
         tracker.step(metrics(1))
@@ -193,22 +193,24 @@ def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, mon
 
 def test_a_tracker_that_is_killed_does_no_harm(directory, monkeypatch):
     script = "import os; os.kill(os.getpid(), 9)"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
-    tracker._process.wait()
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
+    tracker._pipe._process.wait()
     tracker.step(metrics(1))
     tracker.finished({})
     assert len(console.warned) == 1 and "wandb.log" in console.warned[0]
 
 
 def test_a_tracker_that_hangs_never_blocks_a_step(directory, monkeypatch):
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", "import time; time.sleep(99)"))
-    monkeypatch.setattr(tracking, "_MOST_PENDING_BYTES", 10_000)
-    monkeypatch.setattr(tracking, "_LAST_UPLOAD_S", 0.1)
+    monkeypatch.setattr(
+        tracking_pipe, "TRACKER", (sys.executable, "-c", "import time; time.sleep(99)")
+    )
+    monkeypatch.setattr(tracking_pipe, "MOST_PENDING_BYTES", 10_000)
+    monkeypatch.setattr(tracking_pipe, "LAST_UPLOAD_S", 0.1)
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
-    process = tracker._process
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
+    process = tracker._pipe._process
     for step in range(2000):
         tracker.step(metrics(step))
     tracker.close()
@@ -218,18 +220,18 @@ def test_a_tracker_that_hangs_never_blocks_a_step(directory, monkeypatch):
 
 def test_an_upload_that_takes_long_does_not_hold_the_run_back(directory, monkeypatch):
     script = "import sys, time; sys.stdin.read(); time.sleep(99)"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
-    monkeypatch.setattr(tracking, "_LAST_UPLOAD_S", 0.1)
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "LAST_UPLOAD_S", 0.1)
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
-    process = tracker._process
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
+    process = tracker._pipe._process
     tracker.finished({})
     process.kill()
     assert console.warned == [] and "in the background" in console.said[-1]
 
 
 def test_a_tracker_that_cannot_start_is_a_warning(directory, monkeypatch):
-    monkeypatch.setattr(tracking, "TRACKER", ("/nowhere/python",))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", ("/nowhere/python",))
     console = Console()
-    assert tracking.start_tracking(directory, settings(), 1, console) is None
+    assert tracking.start_tracking(directory, settings(), 1, console) == []
     assert len(console.warned) == 1
