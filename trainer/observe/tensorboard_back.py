@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..run_directory import RunDirectory
+
 _FLUSH_S = 10
 
 
@@ -29,7 +31,7 @@ class TensorBoardBack:
         begin.setdefault("newest", -1)
         # Until a checkpoint says more, an attempt after the first begins anew.
         begin.setdefault("first", 0 if begin["attempt"] > 1 else None)
-        self.about = f"tensorboard --logdir {self._folder}"
+        self.about = f"tensorboard --logdir {RunDirectory(Path(begin['dir']))}/tensorboard"
 
     def log(self, row: dict[str, Any]) -> None:
         """See `Back`; strings have no place here."""

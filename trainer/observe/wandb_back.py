@@ -37,14 +37,13 @@ class WandbBack:
         # What is still to upload has to lie with the run, not in somebody's home.
         folder = Path(begin["dir"]) / "wandb"
         folder.mkdir(exist_ok=True)
-        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(folder)
+        os.environ["WANDB_DATA_DIR"] = str(folder)
         self._begin, self._axes = begin, set[str]()
         # Rows are numbered behind those of all attempts before, as no server is asked offline.
         self._row = begin.setdefault("row", 2 * _lines(Path(begin["events"]), begin["events_size"]))
         why = self._why_not() if begin["mode"] == "online" else ""
         self._run = self._start("offline" if why else begin["mode"])
-        offline = f"offline{why and f', as {why}'}"
-        self.about = redact_text(self._run.url or f"{offline}; to upload: {self._sync()}")
+        self.about = redact_text(self._run.url or "offline" + (why and f", as {why}"))
         if begin["config"] is not None:
             config = {**begin["config"], "attempt": begin["attempt"]}
             self._run.config.update(config, allow_val_change=True)
@@ -94,7 +93,7 @@ class WandbBack:
         if online:
             mark_uploaded(folder)
             return ""
-        return f"to upload: {self._sync()}"
+        return f"to upload: {sync_command(Path(self._begin['dir'])) or 'wandb sync'}"
 
     def _why_not(self) -> str:
         """Why the server cannot be used; empty when it can."""
@@ -137,9 +136,6 @@ class WandbBack:
             for empty in set(Path(self._begin["dir"], "wandb").glob("run-*")) - folders:
                 shutil.rmtree(empty, ignore_errors=True)
             return self._start("offline")
-
-    def _sync(self) -> str:
-        return sync_command(Path(self._begin["dir"])) or "wandb sync"
 
 
 def _lines(path: Path, size: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from contextlib import suppress
 from pathlib import Path
+
+from ..run_directory import RunDirectory
 
 _UPLOADED = "uploaded"
 
@@ -40,16 +41,8 @@ def sync_command(run_dir: Path) -> str | None:
     folders = not_uploaded(run_dir)
     if not folders:
         return None
-    online = any(folder.name.startswith("run-") for folder in folders)
-    if not online:
-        return f"wandb sync {shlex.quote(_shown(run_dir / 'wandb'))}/offline-run-*"
-    names = " ".join(shlex.quote(_shown(folder)) for folder in folders)
+    shown = f"{RunDirectory(run_dir)}/wandb"
+    if not any(folder.name.startswith("run-") for folder in folders):
+        return f"wandb sync {shlex.quote(shown)}/offline-run-*"
+    names = " ".join(shlex.quote(f"{shown}/{folder.name}") for folder in folders)
     return f"wandb sync --include-online {names}"
-
-
-def _shown(path: Path) -> str:
-    """A path as a user would type it: relative where that is shorter."""
-    with suppress(OSError):
-        relative = os.path.relpath(path)
-        return relative if not relative.startswith("..") else str(path)
-    return str(path)
