@@ -28,7 +28,7 @@ class _Lines(Sink):
 def track_export(directory: RunDirectory, out: Path, checkpoint: str) -> list[str]:
     """Refer to an exported model in the W&B run that its run has, if it has one.
 
-    A run that is at work is left alone. It takes 20 s at most, and never raises for W&B.
+    A run that is at work is left alone. It takes 10 s at most, and never raises for W&B.
 
     Args:
         directory: Of the run.

@@ -18,7 +18,7 @@ from .sink import Sink
 # -P: a file of the user's folder must not stand in for a package of the same name.
 TRACKER = (sys.executable, "-P", "-m", "longspan.trainer.observe.tracking_process")
 MOST_PENDING_BYTES = 4 * 2**20
-LAST_UPLOAD_S = 20.0
+LAST_UPLOAD_S = 10.0
 
 
 class TrackingPipe:

@@ -34,7 +34,6 @@ _ANSWER_S = 5.0
 _PROBE_S = 20.0
 _QUERY = b'{"query": "query Viewer { viewer { id } }"}'
 _REJECTED = (401, 403)
-_INSTALL = "pip install {}, or set tracking: none"
 
 
 def resolve_mode(tracking: TrackingSettings) -> Mode:
@@ -59,17 +58,15 @@ def check_tracking(tracking: TrackingSettings) -> None:
     Raises:
         RunError: A package is missing, or `online` without a key or with one that is rejected.
     """
-    for package, wanted in (
-        ("wandb", tracking.wandb in ("online", "offline")),
-        ("tensorboardX", tracking.tensorboard),
+    wandb = tracking.wandb in ("online", "offline")
+    for package, wanted, setting in (
+        ("wandb", wandb, f"wandb is {tracking.wandb}"),
+        ("tensorboardX", tracking.tensorboard, "tensorboard is true"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            setting = (
-                "tensorboard is true" if tracking.tensorboard else f"wandb is {tracking.wandb}"
-            )
             raise RunError(
                 f"tracking.{setting} and the package {package} is not installed",
-                _INSTALL.format(package),
+                f"pip install {package}, or set tracking: none",
             )
     if tracking.wandb != "online" or resolve_mode(tracking) != "online":
         return

@@ -195,7 +195,7 @@ def test_no_key_is_in_any_file_or_line(tracked):
     assert set(tracked.keys) > {"1" + "0123456789abcdef0123456789abcdef01234567"[1:]}
     looked_at = [tracked.control / "output.log"]
     looked_at += [path for path in tracked.run_dir.rglob("*") if path.is_file()]
-    looked_at += [path for path in tracked.home.rglob("*.log")]
+    looked_at += list(tracked.home.rglob("*.log"))
     for path in looked_at:
         content = path.read_bytes()
         name = path.relative_to(tracked.home.parent)
