@@ -6,7 +6,6 @@ Real launchers and ranks print keys in every step; W&B's own reader reads what i
 import json
 import os
 import struct
-import subprocess
 import time
 from collections import defaultdict
 
@@ -20,6 +19,7 @@ from longspan.trainer.status import read_status, render_status
 from support import interrupted
 from support.forks import Forks, Launch
 from support.kills import environment, tiny_settings
+from support.tracked import inspected
 from support.unkilled import committed
 
 STEPS = 8
@@ -74,19 +74,6 @@ def uses(process, folder) -> bool:
         return any(file.path.startswith(folder) for file in process.open_files())
     except (psutil.Error, OSError):
         return False
-
-
-def inspected(log):
-    """The records of a log, by type."""
-    from wandb.util import get_core_path
-
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json",
-               "--run-file", str(log), str(log.parents[1])]  # fmt: skip
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = defaultdict(list)
-    for record in map(json.loads, lines):
-        records[record["type"]].append(record[record["type"]])
-    return records
 
 
 @pytest.fixture(scope="module")

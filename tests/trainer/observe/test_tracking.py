@@ -1,7 +1,6 @@
 """Weights & Biases is found as wandb finds it, continues a run, and can fail without harm."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -11,10 +10,10 @@ import pytest
 from longspan.errors import RunError
 from longspan.trainer.observe import tracking, tracking_pipe, wandb_account
 from longspan.trainer.observe.observer import open_observer
-from longspan.trainer.observe.sink import Sink, StepMetrics
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import RunSettings, TrackingSettings
 from support.short_run import short_run
+from support.tracked import Console, metrics, without_set_up
 
 AUTO = TrackingSettings()
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -24,42 +23,10 @@ def settings(mode="offline") -> RunSettings:
     return short_run(tracking={"wandb": mode, "project": "tiny"})
 
 
-def metrics(step) -> StepMetrics:
-    return StepMetrics(
-        step=step,
-        steps=9,
-        stage="short",
-        stage_step=step,
-        stage_steps=9,
-        tokens=1024 * step,
-        loss=4.5,
-        grad_norm=0.5,
-        lr=1e-3,
-        tokens_per_s=100.0,
-        step_s=10.24,
-    )
-
-
-class Console(Sink):
-    def __init__(self):
-        self.said, self.warned = [], []
-
-    def message(self, text):
-        self.said.append(text)
-
-    def warning(self, text):
-        self.warned.append(text)
-
-
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """A home and a folder without any wandb set-up, whatever this machine has."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.chdir(tmp_path)
+    without_set_up(tmp_path, monkeypatch)
     return tmp_path
 
 
