@@ -165,13 +165,14 @@ def test_the_real_service_can_be_killed_and_stopped(directory, monkeypatch):
 
     def service():
         found = psutil.Process(process.pid).children(recursive=True)
-        return [child for child in found if "wandb-core" in child.name()]
+        alive = [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in alive if "wandb-core" in child.name()]
 
     killed = service()[0]
     killed.kill()
     until(lambda: (tracking.step(metrics(2)), console.warned)[1])
     assert "started again" in console.warned[0]
-    until(lambda: service() and service()[0].pid != killed.pid)
+    until(service)
     service()[0].suspend()
     assert steps_take(tracking, 200) < 0.2
     service()[0].resume()
