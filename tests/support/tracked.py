@@ -2,8 +2,10 @@
 
 import json
 import os
+import struct
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,31 @@ def inspected(log: Path) -> dict[str, list[Any]]:
     for record in map(json.loads, lines):
         records[record["type"]].append(record[record["type"]])
     return records
+
+
+def tensorboard_points(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """The values by tag and step that TensorBoard shows for a folder of event files.
+
+    Files are read by name; one that begins at a step replaces what there is from that step on.
+    """
+    points: dict[tuple[str, int], list[float]] = {}
+    for file in sorted(folder.iterdir()):
+        for event in _events(file):
+            if event.session_log.status == event.session_log.START:
+                points = {key: values for key, values in points.items() if key[1] < event.step}
+            for value in event.summary.value:
+                points.setdefault((value.tag, event.step), []).append(value.simple_value)
+    return points
+
+
+def _events(file: Path) -> Iterator[Any]:
+    """The events of a file: length, its checksum, the event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, at = file.read_bytes(), 0
+    while at + 12 <= len(content):
+        (size,) = struct.unpack_from("<Q", content, at)
+        event = Event()
+        event.ParseFromString(content[at + 12 : at + 12 + size])
+        at += 16 + size
+        yield event

@@ -35,10 +35,12 @@ class TensorBoardBack:
 
     def log(self, row: dict[str, Any]) -> None:
         """See `Back`; strings have no place here."""
-        step = int(row["step"])
-        self._begin["newest"] = max(self._begin["newest"], step)
+        step, newest = int(row["step"]), self._begin["newest"]
+        self._begin["newest"] = max(newest, step)
+        # Several rows of a step say the same of it.
+        known = {"step", *(("tokens", "attempt") if step <= newest else ())}
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if name not in known and isinstance(value, int | float) and math.isfinite(value):
                 self._open().add_scalar(name, value, step)
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -90,7 +92,7 @@ class TensorBoardBack:
         )
         if begin["files"] == 1 and begin["config"] is not None:
             self._text("recipe", yaml.safe_dump(begin["config"], sort_keys=False), 0)
-        begin["first"] = begin["newest"] + 1
+        begin["first"] = None
         return self._writer
 
     def _close(self) -> None:

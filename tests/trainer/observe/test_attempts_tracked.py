@@ -5,7 +5,6 @@ Real launchers and ranks print keys in every step; W&B's own reader reads what i
 
 import json
 import os
-import struct
 import time
 from collections import defaultdict
 
@@ -14,12 +13,13 @@ import pytest
 from longspan.trainer.checkpoint.files import CheckpointFiles
 from longspan.trainer.checkpoint.manifest import read_manifest
 from longspan.trainer.observe.events import read_events
+from longspan.trainer.observe.tracking import run_id
 from longspan.trainer.run_directory import RunDirectory
 from longspan.trainer.status import read_status, render_status
 from support import interrupted
 from support.forks import Forks, Launch
 from support.kills import environment, tiny_settings
-from support.tracked import inspected
+from support.tracked import inspected, tensorboard_points
 from support.unkilled import committed
 
 STEPS = 8
@@ -164,6 +164,9 @@ def test_checkpoints_know_the_run_on_weights_and_biases(tracked):
     for checkpoint in committed(tracked.run_dir):
         info = read_manifest(CheckpointFiles.of(checkpoint)).info
         assert info["tracking"] == {"wandb": identity}
+    (tracked.run_dir / "wandb.json").unlink()
+    directory = RunDirectory(tracked.run_dir)
+    assert run_id(directory, directory.load_settings()) == identity
 
 
 def test_what_uploads_the_metrics_is_said_at_the_end_and_in_status(tracked, monkeypatch):
@@ -200,30 +203,10 @@ def test_no_key_is_in_any_file_or_line(tracked):
 
 
 def test_tensorboard_shows_each_step_once(tracked):
-    points, files = {}, sorted((tracked.run_dir / "tensorboard").iterdir())
-    assert len(files) >= len(PATCHES)
-    for file in files:
-        for event in events_of(file):
-            if event.session_log.status == event.session_log.START:
-                points = {key: n for key, n in points.items() if key[1] < event.step}
-            for value in event.summary.value:
-                key = (value.tag, event.step)
-                points[key] = points.get(key, 0) + 1
-    losses = {step: count for (tag, step), count in points.items() if tag == "train/loss"}
-    assert losses == dict.fromkeys(range(1, STEPS + 1), 1)
-
-
-def events_of(file):
-    """The events of a TensorBoard file: length, its checksum, the event, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    content, at = file.read_bytes(), 0
-    while at + 12 <= len(content):
-        (size,) = struct.unpack_from("<Q", content, at)
-        event = Event()
-        event.ParseFromString(content[at + 12 : at + 12 + size])
-        at += 16 + size
-        yield event
+    points = tensorboard_points(tracked.run_dir / "tensorboard")
+    shown = {step: values for (tag, step), values in points.items() if tag == "train/loss"}
+    newest = {event["step"]: event["loss"] for event in tracked.events("step")}
+    assert shown == {step: [pytest.approx(loss)] for step, loss in newest.items()}
 
 
 def test_the_run_leaves_no_process(tracked):

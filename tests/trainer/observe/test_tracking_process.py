@@ -11,7 +11,7 @@ import pytest
 from longspan.errors import RunError
 from longspan.trainer.observe import tracking_pipe, tracking_process, wandb_account
 from longspan.trainer.observe.tracked_export import track_export
-from longspan.trainer.observe.tracking import identity, run_id, start_tracking
+from longspan.trainer.observe.tracking import run_id, start_tracking
 from longspan.trainer.observe.wandb_folders import sync_command
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import TrackingSettings
@@ -293,11 +293,3 @@ def test_an_export_is_told_to_the_run_that_it_is_of(directory, fake, monkeypatch
     (said,) = track_export(other, tmp_path / "out", "step-8")
     assert "wandb sync" in said or "off" in said
     assert ["init", "offline"] in told()
-
-
-def test_the_id_survives_the_loss_of_its_file(directory):
-    made = run_id(directory, short_run())
-    assert identity(directory) == {"wandb": made} and run_id(directory, short_run()) == made
-    (directory.path / "wandb.json").unlink()
-    assert identity(directory) == {}
-    assert run_id(directory, short_run()) != made
