@@ -83,6 +83,9 @@ class TrackingPipe:
             return
         assert process.stdin is not None
         self._listen(process)
+        # Its children may keep the pipe open.
+        if process.poll() is not None:
+            self._give_up(f"its process ended; see {self._log}")
         try:
             while self._process and self._pending and (sent := process.stdin.write(self._pending)):
                 self._pending = self._pending[sent:]

@@ -42,8 +42,11 @@ class WandbBack:
         # Rows are numbered behind those of all attempts before, as no server is asked offline.
         self._row = begin.setdefault("row", 2 * _lines(Path(begin["events"]), begin["events_size"]))
         why = self._why_not() if begin["mode"] == "online" else ""
+        waiting = sync_command(Path(begin["dir"]))
         self._run = self._start("offline" if why else begin["mode"])
         self.about = redact_text(self._run.url or "offline" + (why and f", as {why}"))
+        if self._run.url and waiting:
+            self.about += f"; earlier attempts are not there yet, to upload: {waiting}"
         if begin["config"] is not None:
             config = {**begin["config"], "attempt": begin["attempt"]}
             self._run.config.update(config, allow_val_change=True)

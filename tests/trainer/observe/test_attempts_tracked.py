@@ -43,6 +43,9 @@ class Tracked:
         self.run_dir, self.control = folder / "run", folder / "control"
         self.codes = []
         try:
+            holding = settings | {"tracking": {"wandb": "offline", "project": self.keys[0]}}
+            refused = Launch(folder / "refused", holding, self.control)
+            self.refused = forks.run(refused, 120), refused.run_dir.exists()
             for patch in PATCHES:
                 launch = Launch(self.run_dir, settings, self.control,
                                 patch=f"support.interrupted:{patch}")  # fmt: skip
@@ -179,6 +182,12 @@ def test_what_uploads_the_metrics_is_said_at_the_end_and_in_status(tracked, monk
     for folder in (tracked.run_dir / "wandb").glob("offline-run-*"):
         (folder / f"{next(folder.glob('*.wandb')).name}.synced").touch()
     assert "wandb sync" not in render_status(read_status(RunDirectory(tracked.run_dir)))
+
+
+def test_a_recipe_that_holds_a_key_is_refused_and_leaves_nothing(tracked):
+    assert tracked.refused == (2, False)
+    where = "tracking.project holds a credential, that of the environment variable WANDB_API_KEY"
+    assert where in tracked.output
 
 
 def test_no_key_is_in_any_file_or_line(tracked):

@@ -205,7 +205,7 @@ class Server(BaseHTTPRequestHandler):
 def server(monkeypatch):
     """`server(code, viewer)` sets the answer of the server that wandb is told of."""
     listening = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{listening.server_port}"
     monkeypatch.setenv("WANDB_BASE_URL", url)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -276,7 +276,8 @@ def test_an_online_run_is_marked_when_all_of_it_is_uploaded(directory, fake, ser
     console = Console()
     tracking = tracker(directory, console, "online")
     tracking.finished({})
-    assert console.said == ["Weights & Biases: http://run"]
+    (said,) = console.said
+    assert said.startswith("Weights & Biases: http://run; earlier attempts are not there yet")
     assert (directory.path / "run-1-x" / "uploaded").exists()
     (folder / "uploaded").touch()
     assert sync_command(directory.path) is None
