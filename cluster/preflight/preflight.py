@@ -44,7 +44,7 @@ def preflight(
         run: What shall run; already checked.
         run_dir: The run's folder, on storage that all nodes share.
         interface: The network interface between the nodes; None: NCCL and gloo choose.
-        address: Of the dashboard; None: it is not looked at.
+        address: Of the dashboard; None: as Ray says.
         log: Gets a `preflight` event.
         like: The versions of nodes that are in use already (`Report.versions`), which those that
             come later must have; None: what most of these have.
@@ -69,7 +69,7 @@ def preflight(
             results = [*crew.silent(), *results]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    if address is not None:
+    if (address := address or dashboard.where()) is not None:
         results.append(dashboard.judge(dashboard.probe(address)))
     report = Report(nodes, results, time.monotonic() - began, expected)
     report.write(run_dir)
