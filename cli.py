@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import __version__, cli_checkpoint
+from . import __version__, cli_checkpoint, cli_cluster, cli_render
 from .errors import LongspanError
 from .redact import redact_text
 
@@ -28,7 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_cluster.app)
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_render.app, name="render")
 
 _RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")
@@ -63,6 +65,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe on this machine."""
+    from .cluster.local import recorded
     from .recipes.check import check_recipe
     from .recipes.loading import load_recipe
     from .trainer.launch import train as train_run
@@ -73,12 +76,14 @@ def train(
         for warning in checked.warnings:
             typer.echo(f"warning: {warning}", err=True)
     directory = run_dir or Path("runs") / loaded.name
-    raise typer.Exit(train_run(loaded.run(), loaded.name, directory))
+    with recorded(loaded.name, directory):
+        code = train_run(loaded.run(), loaded.name, directory)
+    raise typer.Exit(code)
 
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    run: cli_cluster.RunArgument,
     exactness: Annotated[
         str | None,
         typer.Option(
@@ -92,28 +97,25 @@ def resume(
             "--from", metavar="STEP", help="Go on from this checkpoint; newer ones are set aside."
         ),
     ] = None,
+    insecure: cli_cluster.InsecureOption = False,
 ) -> None:
     """Go on with a run from its newest checkpoint, or an older one."""
-    from .trainer.exactness import read_level
-    from .trainer.launch import resume as resume_run
-
-    allowed = None if exactness is None else read_level(exactness, "--exactness")
-    raise typer.Exit(resume_run(run_dir, exactness=allowed, from_step=from_step))
+    raise typer.Exit(cli_cluster.go_on(run, exactness, from_step, insecure))
 
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run's id, the beginning of one, or its folder.  [default: list all]",
+        ),
+    ] = None,
+    as_json: cli_cluster.JsonOption = False,
 ) -> None:
-    """Show where a run is, and where its time went."""
-    import json
-
-    from .trainer.run_directory import RunDirectory
-    from .trainer.status import read_status, render_status
-
-    found = read_status(RunDirectory(run_dir))
-    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else render_status(found))
+    """Show where a run is and where its time went."""
+    cli_cluster.show(run, as_json)
 
 
 @app.command()

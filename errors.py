@@ -40,6 +40,10 @@ class RunError(LongspanError):
     """A run directory, launch or training step that cannot go on."""
 
 
+class ClusterError(LongspanError):
+    """A cluster that cannot be reached or used, or a run that it cannot take."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a recipe: its dotted path, the value there, what is expected, the fix."""
@@ -63,7 +67,17 @@ def _without_credentials(problem: Problem) -> Problem:
 class RecipeError(LongspanError):
     """Every problem of a recipe at once."""
 
+    kind = "recipe"
+
     def __init__(self, recipe: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(map(_without_credentials, problems))
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
-        super().__init__("\n  ".join([f"recipe {recipe} has {count}:", *map(str, self.problems)]))
+        super().__init__(
+            "\n  ".join([f"{self.kind} {recipe} has {count}:", *map(str, self.problems)])
+        )
+
+
+class ClustersFileError(RecipeError):
+    """Every problem of the file of clusters at once."""
+
+    kind = "file"

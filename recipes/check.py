@@ -21,6 +21,7 @@ from .check_least_ranks import check_least_ranks
 from .check_recovery import check_recovery
 from .check_rope import check_induction_rope
 from .check_stage import check_stage
+from .check_tracking import check_tracking
 from .recipe import Recipe
 
 
@@ -66,6 +67,7 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
     problems += [*check_hand_over(recipe.stages, recipe.model.layers)]
     problems += [*_check_run(recipe), *_check_exactness(recipe, machine), *_check_data(recipe)]
     problems += [*check_checkpoint(recipe.checkpoint), *check_recovery(recipe)]
+    problems += [*check_tracking(recipe.tracking)]
     vocab, tokenizer_problems = _vocabulary(recipe)
     problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
     if problems:

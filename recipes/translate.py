@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import Problem
 from .document import describe
-from .recipe import Key, dotted, follow, written_at
+from .recipe import Key, Recipe, dotted, follow, written_at
 
 _WHOLE = "a whole number"
 _EXPECTED = {
@@ -148,7 +148,8 @@ def _expected(kind: str, context: dict[str, Any], message: str) -> str:
 
 
 def _unknown_key(keys: list[Key], block: type[BaseModel]) -> Problem:
-    names = [*fields(block), *(["defaults", "base"] if len(keys) == 1 else [])]
+    top = len(keys) == 1 and issubclass(block, Recipe)
+    names = [*fields(block), *(["defaults", "base"] if top else [])]
     expected = f"one of {', '.join(names)}"
     return Problem(dotted(keys), "an unknown key", expected, nearest(str(keys[-1]), names))
 

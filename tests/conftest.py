@@ -29,6 +29,13 @@ def pytest_report_header():
     return f"grids: {grid.NAME}={grid.DRAW} (full: all cases)"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def records(tmp_path_factory):
+    """No test adds to the runs of the user, nor meets the user's clusters."""
+    os.environ["LONGSPAN_HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ["LONGSPAN_CLUSTERS"] = str(tmp_path_factory.getbasetemp() / "no-clusters.yaml")
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where tests of GPU kernels run; without a GPU the kernels are interpreted."""

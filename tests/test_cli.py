@@ -13,6 +13,9 @@ from longspan.trainer import launch
 from longspan.trainer.settings import RunSettings
 from typer.testing import CliRunner
 
+WORDS = "train resume status check recipes mechanisms schema doctor submit runs logs stop"
+VERBS = tuple(WORDS.split())
+
 
 def run(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `longspan ARGUMENTS` in this process."""
@@ -42,7 +45,7 @@ def test_version_and_help(longspan):
     assert longspan("--version") == (0, f"longspan {__version__}\n", "")
     code, out, _ = longspan("--help")
     assert code == 0 and "longspan train quickstart" in out
-    for verb in ("train", "resume", "status", "check", "recipes", "mechanisms", "schema", "doctor"):
+    for verb in VERBS:
         assert f"  {verb} " in out
 
 
@@ -107,9 +110,9 @@ def test_errors_of_a_run_and_ctrl_c(longspan, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "resume", fail)
-    assert longspan("resume", "x") == (2, "", "error: it broke\n  fix: mend it\n")
+    assert longspan("resume", "./x") == (2, "", "error: it broke\n  fix: mend it\n")
     monkeypatch.setattr(launch, "resume", interrupt)
-    assert longspan("resume", "x")[0] == 130
+    assert longspan("resume", "./x")[0] == 130
 
 
 def test_recipes_one_line_each(longspan):
@@ -187,7 +190,7 @@ def test_quick_verbs_import_nothing_heavy(verb):
 
 
 def test_every_verb_and_option_is_explained():
-    for verb in ("", "train", "resume", "check", "recipes", "mechanisms", "schema", "doctor"):
+    for verb in ("", *VERBS):
         result = CliRunner().invoke(cli.app, [*verb.split(), "--help"])
         assert result.exit_code == 0
         assert "..." not in result.output.replace("[ARGS]...", "")

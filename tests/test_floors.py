@@ -13,6 +13,8 @@ ROOT = Path(longspan.__file__).parent
 FLOORS = (
     "cli",
     "cli_checkpoint",
+    "cli_cluster",
+    "cli_render",
     "cluster",
     "recipes",
     "trainer",

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from .devices import usable_cores
 from .failure import (
@@ -30,11 +29,13 @@ from .failure import (
     without_words,
 )
 from .observe.attempts import ATTEMPT
+from .redacted_log import RedactedLog
 from .run_directory import RunDirectory
 from .stopping import SAVE_SIGNAL
 
 _POLL_S = 0.05
 _GRACE_S = 10.0
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 def say(text: str) -> None:
@@ -70,6 +71,7 @@ class Gang:
     grace: float = math.inf
     held: Sequence[int] = ()
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _logs: list[RedactedLog] = field(default_factory=list)
     _signals: int = 0
     _save_asked: bool = False
     _crashed: dict[int, int] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Gang:
                 return self._watch()
             finally:
                 self._kill()
+                self._close_logs()
 
     def failure(self) -> Failure | None:
         """What to show for a run that failed."""
@@ -99,13 +102,33 @@ class Gang:
         port = _free_port()
         for rank in range(self.ranks):
             environment = self._environment(rank, port)
-            # Rank 0 shares the terminal for its live line; the others would only garble it.
-            log = None if rank == 0 else self._log_path(rank).open("ab")
-            self._processes.append(self._spawn(environment, log))
-            if log is not None:
-                log.close()
+            self._processes.append(self._spawn(environment, *self._outputs(rank)))
+        for log in self._logs:
+            log.start()
 
-    def _spawn(self, environment: dict[str, str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    def _outputs(self, rank: int) -> tuple[int | None, int | None]:
+        """Where a rank's stdout and stderr go: pipes into files or streams that are no terminal.
+
+        Rank 0 shares the terminal for its live line; the others would only garble it.
+        """
+        if rank == 0:
+            shared = _same_file(1, 2)
+            out = self._log(1)
+            return out, out if shared else self._log(2)
+        log = RedactedLog(os.open(self._log_path(rank), _APPEND, 0o644))
+        self._logs.append(log)
+        return log.fileno(), log.fileno()
+
+    def _log(self, stream: int) -> int | None:
+        """A pipe into a stream of this process; None, which shares it, for a terminal."""
+        if os.isatty(stream):
+            return None
+        self._logs.append(RedactedLog(stream, owned=False))
+        return self._logs[-1].fileno()
+
+    def _spawn(
+        self, environment: dict[str, str], out: int | None, err: int | None
+    ) -> subprocess.Popen[bytes]:
         # Until a rank listens, what asks it to save has to wait instead of ending it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE_SIGNAL})
         try:
@@ -115,8 +138,8 @@ class Gang:
                 env=environment,
                 cwd=self.directory.working_directory(),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=out,
+                stderr=err,
                 start_new_session=True,
                 pass_fds=self.held,
             )
@@ -162,7 +185,12 @@ class Gang:
             time.sleep(_POLL_S)
         if deadline == math.inf:
             self._crashed = self._failed()
+        self._close_logs()
         return self._exit_code()
+
+    def _close_logs(self) -> None:
+        while self._logs:
+            self._logs.pop().close()
 
     def _any_alive(self) -> bool:
         # All of them are asked: `any` over a generator would stop at the first that lives.
@@ -235,3 +263,11 @@ class Gang:
 
     def _ask_to_save(self, number: int, frame: FrameType | None) -> None:
         self._save_asked = True
+
+
+def _same_file(first: int, second: int) -> bool:
+    """Whether two streams of this process go to one place, as after `2>&1`."""
+    try:
+        return os.path.sameopenfile(first, second)
+    except OSError:
+        return False

@@ -32,6 +32,7 @@ from .going_back import GoingBack
 from .heartbeat import Heartbeat
 from .observe.goodput import goodput_so_far
 from .observe.observer import Observer
+from .observe.tracking import identity
 from .open_stage import OpenStage
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
@@ -285,6 +286,7 @@ class Run:
             "exactness": self.promise.record(),
             "spikes": None if spikes is None else spikes.state(),
             "skipped": self.bad.in_a_row,
+            "tracking": identity(self.directory),
             "loss": self.loss,
         }
         self.saves.save(engine, cursor, info, wait=wait)
@@ -343,7 +345,8 @@ class Run:
         samples = [long[number] for number in range(len(long))]
         proof = context_proof(stage.engine, samples, settings.visible)
         seconds = time.monotonic() - begun
-        self.observer.evaluated("context", cursor.step, proof["gain"], seconds)
+        told = {**proof["gain"], "buckets": proof["buckets"]}
+        self.observer.evaluated("context", cursor.step, told, seconds)
         return proof
 
     def _finish(self, stage: OpenStage, cursor: Cursor, seconds: float, speed: float) -> None:

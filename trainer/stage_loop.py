@@ -247,6 +247,7 @@ class StageLoop:
                 context_bytes=pending.context_bytes,
                 context_wait_s=pending.waiting.seconds(),
                 imbalance=self._load.imbalance(places),
+                peak_bytes=self.engine.peak_memory,
             )
         )
         if (text := self._alarm.done(flops)) is not None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import RunError
+from ...recipes.check import count
 from ...redact import redact
 from ...trainer.run_directory import write_atomically
 from ..nodes import Node
@@ -100,14 +101,14 @@ def require(report: Report, ranks: int) -> tuple[Node, ...]:
     lines = []
     for node in report.nodes:
         failures = report.failures(node)
-        has = f"{node.gpus} GPUs" if node.gpus else f"{node.cores} cores"
+        has = count(node.gpus, "GPU") if node.gpus else count(node.cores, "CPU core")
         lines.append(f"{node.name}: {'; '.join(map(str, failures)) or f'fit, {has}'}")
     shown = [*lines[:_HOW_MANY], *([f"and {len(lines) - _HOW_MANY} more"][: len(lines) > 12])]
     raise RunError(
         "\n  ".join(
             [
-                f"the run needs room for {ranks} ranks and the nodes that are fit have room for "
-                f"{room} ({len(good)} of {len(report.nodes)} nodes):",
+                f"the run needs room for {count(ranks, 'rank')}, and the nodes that are fit "
+                f"({len(good)} of {len(report.nodes)}) have room for {room}:",
                 *shown,
             ]
         ),

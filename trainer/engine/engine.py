@@ -61,6 +61,8 @@ class Engine:
     ) -> None:
         self.run, self.stage = run, stage
         self.device = device()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.groups = build_groups(stage.parallel)
         seed_step(self.groups, run.seed, "start")
         self.model = LongModel(run, stage, vocab, self.groups, weights).to(self.device)
@@ -106,6 +108,13 @@ class Engine:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         return None if peak is None else peak * dist.get_world_size()
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Most bytes that tensors took on this rank's GPU in this stage; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
 
     def place(self, sample: Sample) -> Place:
         """Which of a sample's tokens this context rank has."""

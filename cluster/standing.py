@@ -1,0 +1,169 @@
+"""Standing: where a run is, by what its folder and its cluster say, as far as they can be asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import LongspanError
+from ..trainer.failure import INTERRUPTED, STOPPED
+from ..trainer.run_directory import RunDirectory
+from ..trainer.status import Position
+from .jobs import Job, Jobs, number_of
+from .registry import Record
+from .submission import cluster_of
+
+_TAIL_BYTES = 65536
+_LIST_TIMEOUT_S = 1.5
+"""A cluster that is slower than that must not keep a list of runs waiting."""
+
+_BY_JOB = {"PENDING": "queued", "RUNNING": "running", "SUCCEEDED": "complete", "STOPPED": "stopped"}
+_BY_CODE = {STOPPED: "stopped", INTERRUPTED: "interrupted"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run is.
+
+    Attributes:
+        record: The run.
+        state: new, queued, running, complete, stopped, interrupted, failed, lost; `gone` without
+            its folder, `unknown` where neither folder nor cluster says.
+        position: What its newest events say.
+        job: Its newest job.
+        note: Why something is not known.
+    """
+
+    record: Record
+    state: str
+    position: Position = field(default_factory=Position)
+    job: Job | None = None
+    note: str = ""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether something works on it, or is about to."""
+        return self.state in ("queued", "running")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        place = self.record.cluster
+        return {
+            "id": self.record.id,
+            "recipe": self.record.recipe,
+            "created": self.record.created,
+            "run_dir": self.record.run_dir,
+            "cluster": place.name if place else None,
+            "state": self.state,
+            "step": self.position.step,
+            "steps": self.position.steps,
+            "loss": self.position.loss,
+            "job": self.job.id if self.job else None,
+            "note": self.note or None,
+        }
+
+
+def stand(records: Sequence[Record]) -> list[Standing]:
+    """Where runs are; every cluster is asked once, all of them at the same time."""
+    places = {record.cluster.name: record for record in records if record.cluster}
+    with ThreadPoolExecutor(max_workers=max(1, len(places))) as pool:
+        answers = dict(zip(places, pool.map(_jobs_of, places.values()), strict=True))
+    return [_stand(record, *_mine(record, answers)) for record in records]
+
+
+def stand_alone(record: Record) -> Standing:
+    """Where one run is; its cluster has more time to answer."""
+    jobs: Mapping[str, list[Job]] = {}
+    note = ""
+    if record.cluster is not None:
+        jobs, note = _jobs_of(record, timeout_s=None)
+    return _stand(record, jobs.get(record.id, []), note)
+
+
+def job_state(job: Job) -> str:
+    """A job's end, or what it does, in our words."""
+    return _BY_JOB.get(job.status) or _BY_CODE.get(job.exit_code or 0, "failed")
+
+
+def merged(folder: str | None, job: Job | None) -> str:
+    """The state of a run by that of its folder, None where it is not visible, and its job."""
+    if job is None:
+        return folder or "unknown"
+    if job.is_live:
+        return folder if folder in ("running", "complete") else job_state(job)
+    if folder in (None, "new", "running", "lost"):
+        # The lock of a driver that was killed with its node may look held from here.
+        killed = folder in ("running", "lost") and job.status == "STOPPED"
+        return "interrupted" if killed else job_state(job)
+    return folder
+
+
+def _stand(record: Record, jobs: Sequence[Job], note: str) -> Standing:
+    position, job = Position(), jobs[-1] if jobs else None
+    folder = _folder_state(record.directory, position)
+    if record.cluster is None:
+        return Standing(record, folder or "gone", position)
+    if not jobs and not note:
+        note = "the cluster does not know its jobs any more: its head was restarted"
+    if job is not None and job.trouble:
+        note = f"Ray says: {job.trouble}"
+    return Standing(record, merged(folder, job), position, job, note)
+
+
+def _folder_state(directory: RunDirectory, position: Position) -> str | None:
+    if not directory.is_run():
+        return None
+    owner, state = directory.owner(), "new"
+    for event in _newest_events(directory.events):
+        position.see(event)
+        state = str(event.get("how")) if event.get("event") == "ended" else "lost"
+    if directory.is_complete():
+        return "complete"
+    return "running" if owner is not None else state
+
+
+def _newest_events(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The events in the last bytes of a file; what a list needs is in them."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _jobs_of(
+    record: Record, timeout_s: float | None = _LIST_TIMEOUT_S
+) -> tuple[Mapping[str, list[Job]], str]:
+    """The jobs on a run's cluster by run, or why they are not known."""
+    found: dict[str, list[Job]] = {}
+    try:
+        for job in Jobs(cluster_of(record), timeout_s).all():
+            if job.run is not None:
+                found.setdefault(job.run, []).append(job)
+    except LongspanError as error:
+        return {}, error.what
+    for jobs in found.values():
+        jobs.sort(key=lambda job: (number_of(job.id), job.id))
+    return found, ""
+
+
+def _mine(
+    record: Record, answers: Mapping[str, tuple[Mapping[str, list[Job]], str]]
+) -> tuple[list[Job], str]:
+    if record.cluster is None:
+        return [], ""
+    jobs, note = answers[record.cluster.name]
+    return list(jobs.get(record.id, [])), note

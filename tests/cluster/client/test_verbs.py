@@ -1,0 +1,320 @@
+"""`status`, `logs`, `stop`, `resume` and `runs` for runs on a cluster."""
+
+import json
+import shlex
+import threading
+import time
+
+import pytest
+from longspan.cluster import output, standing, stop
+from longspan.cluster.jobs import Job, Jobs
+from longspan.cluster.registry import Registry
+from longspan.cluster.standing import merged
+from longspan.recipes.loading import load_recipe
+from longspan.trainer.observe.events import EventLog
+from support.recorded import leave_run
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(stop, "_POLL_S", 0.02)
+    monkeypatch.setattr(output, "_POLL_S", 0.02)
+    monkeypatch.setattr(output, "_RETRY_S", 0.02)
+
+
+@pytest.fixture
+def mine(longspan, lab):
+    """A run that was submitted."""
+    assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
+    return "mine"
+
+
+@pytest.fixture
+def folder(storage, mine):
+    """Leaves the run's folder as an attempt would; visible from here."""
+
+    def leave(steps: int = 3, end: tuple[int, str] | None = (75, "stopped")):
+        run = load_recipe("smoke").run()
+        return leave_run(storage / "runs" / "mine", steps, end, run, "smoke")
+
+    return leave
+
+
+def later(seconds: float, do) -> None:
+    threading.Timer(seconds, do).start()
+
+
+def test_a_run_from_queue_to_end(longspan, dashboard, lab, folder):
+    job = dashboard.jobs["mine-1"]
+    job["status"] = "PENDING"
+    code, out, _ = longspan("status", "mi")
+    assert code == 0 and out.startswith("mine: queued: the cluster is about to start it\n")
+    assert "cluster lab, job mine-1 pending since " in out and "resume" not in out
+    job["status"] = "RUNNING"
+    directory = folder(3, None)
+    _, out, _ = longspan("status", "mine")
+    assert out.startswith("mine: running\n") and "step 3 of 8" in out and "resume" not in out
+    EventLog(directory.events, 1).write("ended", code=75, how="stopped")
+    dashboard.end(job, "FAILED", 75)
+    _, out, _ = longspan("status", "mine")
+    assert out.startswith("mine: stopped, and saved\n") and "  longspan resume mine" in out
+    directory.mark_complete({})
+    dashboard.end(job, "SUCCEEDED", 0)
+    _, out, _ = longspan("status", "mine")
+    assert out.startswith("mine: complete\n") and "longspan resume" not in out
+
+
+@pytest.mark.parametrize(
+    ("folder", "status", "code", "state"),
+    [
+        (None, "PENDING", None, "queued"), ("stopped", "PENDING", None, "queued"),
+        ("new", "RUNNING", None, "running"), ("complete", "RUNNING", None, "complete"),
+        (None, "SUCCEEDED", 0, "complete"), (None, "STOPPED", None, "stopped"),
+        (None, "FAILED", 75, "stopped"), (None, "FAILED", 130, "interrupted"),
+        (None, "FAILED", 2, "failed"), (None, "FAILED", None, "failed"),
+        ("stopped", "STOPPED", None, "stopped"), ("failed", "FAILED", 75, "failed"),
+        ("lost", "STOPPED", None, "interrupted"), ("running", "STOPPED", None, "interrupted"),
+        ("running", "FAILED", 1, "failed"), ("lost", "FAILED", None, "failed"),
+        ("complete", "FAILED", 1, "complete"),
+        ("stopped", None, None, "stopped"), (None, None, None, "unknown"),
+    ],
+)  # fmt: skip
+def test_what_folder_and_job_say_together(folder, status, code, state):
+    job = None if status is None else Job("a-1", status, exit_code=code)
+    assert merged(folder, job) == state
+
+
+def test_a_folder_that_is_not_visible_is_made_up_for_by_the_output(longspan, dashboard, mine):
+    dashboard.output["mine-1"] += "".join(f"step={n}\n" for n in range(9))
+    _, out, _ = longspan("status", "mine")
+    assert "/runs/mine (not there yet)\n" in out and out.endswith("    step=7\n    step=8\n")
+    assert "step=3" not in out
+    values = json.loads(longspan("status", "mine", "--json")[1])
+    assert (values["id"], values["state"], values["job"]) == ("mine", "running", "mine-1")
+
+
+def test_a_cluster_that_is_down_is_a_note(longspan, dashboard, folder):
+    folder(3)
+    dashboard.stop()
+    code, out, _ = longspan("status", "mine")
+    assert code == 0 and out.startswith("mine: stopped, and saved\n") and "step 3 of 8" in out
+    assert "note: cluster lab" in out and "cannot be reached" in out
+    code, out, _ = longspan("runs")
+    assert code == 0 and "note: mine: cluster lab" in out
+    code, out, err = longspan("logs", "mine")
+    assert code == 0 and "step=3/8" in out and "this is from its folder" in err
+    for verb in ("stop", "resume"):
+        code, _, err = longspan(verb, "mine")
+        assert code == 2 and "cannot be reached" in err, verb
+
+
+def test_a_head_that_was_restarted_has_forgotten_the_job(longspan, dashboard, folder, mine):
+    dashboard.jobs.clear()
+    code, out, _ = longspan("status", "mine")
+    assert code == 0 and out.startswith("mine: not known\n")
+    assert "its head was restarted" in out and "longspan resume mine" in out
+    assert longspan("logs", "mine")[0] == 2
+    folder(3, None)
+    assert longspan("status", "mine")[1].startswith("mine: not running; it ended without a word")
+    assert "was submitted before" in longspan("submit", "smoke", "--run-id", "mine")[1]
+    assert not dashboard.jobs
+    assert longspan("resume", "mine")[0] == 0
+    assert list(dashboard.jobs) == ["mine-2"]
+
+
+def test_resume_is_another_job_for_the_same_folder(longspan, dashboard, mine, storage):
+    code, _, err = longspan("resume", "mine")
+    assert code == 2 and "mine is at work already: job mine-1 is running" in err
+    assert "longspan stop mine" in err
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 75)
+    code, out, _ = longspan("resume", "mine", "--exactness", "E1", "--from", "40")
+    assert code == 0 and out.startswith("submitted mine-2\n  longspan status mine\n")
+    first, second = (shlex.split(job["entrypoint"]) for job in dashboard.jobs.values())
+    assert second == [*first, "--exactness", "E1", "--from", "40"]
+    environments = [job["runtime_env"] for job in dashboard.jobs.values()]
+    assert environments[0] == environments[1]
+    assert [job.id for job in Registry().get("mine").submissions] == ["mine-1", "mine-2"]
+    # Somebody resumed it from another machine: his job counts.
+    dashboard.end(dashboard.jobs["mine-2"], "FAILED", 75)
+    dashboard.jobs["mine-7"] = {**dashboard.jobs["mine-2"], "submission_id": "mine-7"}
+    assert longspan("resume", f"{storage}/runs/mine")[0] == 0
+    assert list(dashboard.jobs)[-1] == "mine-8"
+    assert longspan("resume", "mine", "--exactness", "best")[0] == 2
+
+
+def test_logs_are_the_output_of_the_newest_job(longspan, dashboard, mine):
+    dashboard.output["mine-1"] += "first\n"
+    assert longspan("logs", "mine")[:2] == (0, "Running entrypoint for job mine-1\nfirst\n")
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 75)
+    assert longspan("resume", "mine")[0] == 0
+    assert longspan("logs", "mine")[1] == "Running entrypoint for job mine-2\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "code", "word"),
+    [("SUCCEEDED", 0, 0, "complete"), ("FAILED", 75, 75, "stopped"), ("FAILED", 2, 2, "failed"),
+     ("FAILED", None, 1, "failed"), ("STOPPED", None, 75, "stopped")],
+)  # fmt: skip
+def test_following_ends_with_the_run(longspan, dashboard, mine, status, exit_code, code, word):
+    job = dashboard.jobs["mine-1"]
+
+    def work():
+        for number in range(5):
+            time.sleep(0.05)
+            dashboard.output["mine-1"] += f"step={number}\n"
+        dashboard.end(job, status, exit_code)
+
+    later(0, work)
+    found, out, err = longspan("logs", "-f", "mine")
+    assert (found, err) == (code, f"\nmine: {word}\n")
+    assert out == "Running entrypoint for job mine-1\n" + "".join(f"step={n}\n" for n in range(5))
+
+
+def test_a_connection_that_breaks_off_loses_and_repeats_nothing(longspan, dashboard, mine):
+    dashboard.output["mine-1"] += "half of a"
+    dashboard.breaks_off = 3
+
+    def work():
+        dashboard.output["mine-1"] += " line\nlast\n"
+        dashboard.end(dashboard.jobs["mine-1"], "SUCCEEDED", 0)
+
+    later(0.4, work)
+    code, out, _ = longspan("logs", "-f", "mine")
+    assert code == 0
+    assert out == "Running entrypoint for job mine-1\nhalf of a line\nlast\n"
+
+
+def test_a_cluster_that_goes_down_ends_the_following_in_the_end(
+    longspan, dashboard, mine, monkeypatch
+):
+    monkeypatch.setattr(output, "_RETRIES", 2)
+    later(0.3, dashboard.stop)
+    code, out, err = longspan("logs", "-f", "mine")
+    assert code == 2 and "cluster lab" in err and "Running" in out
+
+
+def test_stop_waits_until_it_has_saved(longspan, dashboard, folder):
+    directory = folder(3, None)
+    EventLog(directory.events, 1).write("saving", step=3, stall_s=0.1)
+
+    def save(job):
+        def finish():
+            EventLog(directory.events, 1).write("ended", code=75, how="stopped")
+            dashboard.end(job, "STOPPED")
+
+        later(0.2, finish)
+
+    dashboard.on_stop = save
+    begun = time.monotonic()
+    code, out, err = longspan("stop", "mine")
+    assert (code, err) == (0, "") and time.monotonic() - begun > 0.2
+    asked, ended, stopped, *rest = out.splitlines()
+    assert asked == "asked mine to save and stop; Ctrl-C ends the waiting, not the stop"
+    assert ended.startswith("its job has ended after") and stopped == "mine has stopped"
+    assert rest == ["go on with:", "  longspan resume mine"]
+
+
+def test_a_job_that_was_killed_in_the_middle_of_its_save(longspan, dashboard, folder):
+    """Ray kills what has not ended in time: what the save left does not count."""
+    directory = folder(3, None)
+    EventLog(directory.events, 1).write("saving", step=3, stall_s=0.1)
+    (directory.checkpoints / "step-3.tmp-1").mkdir()
+    code, out, _ = longspan("stop", "mine")
+    assert code == 1
+    assert "mine has ended before it had saved: no checkpoint was written" in out
+    assert out.endswith("go on with:\n  longspan resume mine\n")
+    assert longspan("status", "mine")[1].startswith("mine: stopped before it had saved\n")
+    assert longspan("resume", "mine")[0] == 0
+
+
+def test_a_run_that_completes_before_it_can_stop(longspan, dashboard, folder):
+    dashboard.on_stop = lambda job: (folder(8, (0, "complete")), dashboard.end(job, "SUCCEEDED", 0))
+    code, out, _ = longspan("stop", "mine")
+    assert code == 0 and "mine is complete" in out and "resume" not in out
+
+
+def test_what_is_not_running_cannot_be_stopped(longspan, dashboard, mine):
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 75)
+    code, out, err = longspan("stop", "mine")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: mine is not running: it is stopped\n  fix: go on with it: longspan resume mine\n"
+    )
+    dashboard.end(dashboard.jobs["mine-1"], "SUCCEEDED", 0)
+    assert "mine is not running: it is complete" in longspan("stop", "mine")[2]
+    dashboard.jobs.clear()
+    assert "mine cannot be stopped: the cluster does not know" in longspan("stop", "mine")[2]
+
+
+def test_ctrl_c_ends_the_waiting_only(longspan, dashboard, mine, monkeypatch):
+    dashboard.on_stop = lambda job: None
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stop.time, "sleep", interrupt)
+    assert longspan("stop", "mine")[0] == 130
+    assert dashboard.jobs["mine-1"]["status"] == "RUNNING"
+
+
+def test_runs_of_all_places_in_one_list(longspan, dashboard, folder, mine, tmp_path):
+    folder(3, None)
+    assert longspan("submit", "smoke", "--run-id", "other")[0] == 0
+    leave_run(tmp_path / "user" / "here")
+    assert longspan("resume", "./here", "--from", "99")[0] == 2  # recorded, though not resumed
+    code, out, err = longspan("runs")
+    assert (code, err) == (0, "")
+    head, *rows = (line.split() for line in out.splitlines())
+    assert head == ["run", "where", "state", "step", "loss", "started"]
+    shown = {row[0].rpartition("-2")[0] or row[0]: row[1:5] for row in rows}
+    assert shown == {
+        "mine": ["lab", "running", "3/8", "3.6250"],
+        "other": ["lab", "running", "-", "-"],
+        "short": ["here", "stopped", "3/8", "3.6250"],
+    }
+    assert longspan("status")[1] == longspan("runs")[1]
+    values = json.loads(longspan("runs", "--json")[1])
+    assert {value["state"] for value in values} == {"running", "stopped"}
+
+
+def test_a_list_asks_each_cluster_once_and_does_not_wait_for_a_slow_one(
+    longspan, dashboard, mine, monkeypatch
+):
+    assert longspan("submit", "smoke", "--run-id", "other")[0] == 0
+    dashboard.requests.clear()
+    assert longspan("runs")[0] == 0
+    assert [request.path for request in dashboard.requests] == ["/api/jobs/"]
+    assert standing._LIST_TIMEOUT_S < 2
+
+
+def test_files_of_ranks_are_where_the_folder_is(longspan, mine, folder):
+    code, _, err = longspan("logs", "mine", "--rank", "1")
+    assert code == 2 and "is not visible from here" in err
+    directory = folder(3)
+    code, _, err = longspan("logs", "mine", "--rank", "1")
+    assert code == 2 and "has no log of rank 1" in err and "no logs of ranks" in err
+    (directory.logs / "rank-0.log").write_text("hello\n")
+    assert longspan("logs", "mine", "--rank", "0")[:2] == (0, "hello\n")
+    assert "there are logs of ranks 0" in longspan("logs", "mine", "--rank", "1")[2]
+
+
+def test_a_recipe_that_this_version_cannot_read(longspan, dashboard, mine):
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 1)
+    (Registry().root / "mine.yaml").write_text("model: {hiden: 64}\n")
+    code, _, err = longspan("resume", "mine")
+    assert code == 2 and "the recipe of mine cannot be read by longspan" in err
+    assert list(dashboard.jobs) == ["mine-1"]
+
+
+def test_a_job_that_ray_cannot_start_says_why(longspan, dashboard, lab, monkeypatch):
+    """A package that nobody keeps is gone before the job needs it."""
+    assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
+    assert dashboard.jobs["mine-1"]["status"] == "RUNNING"
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 1)
+    dashboard.packages.clear()
+    monkeypatch.setattr(Jobs, "upload", lambda *_: "gcs://gone.zip")
+    assert longspan("resume", "mine")[0] == 0
+    why = "Ray says: runtime_env setup failed: Failed to set up. ... OSError: no package"
+    assert "mine: failed\n" in (out := longspan("status", "mine")[1]) and why in out
+    assert longspan("logs", "mine") == (0, "", f"note: {why}\n")
+    assert longspan("logs", "-f", "mine") == (1, "", f"\nmine: failed: {why}\n")
