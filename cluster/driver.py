@@ -31,7 +31,7 @@ from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED, USER_ERRO
 from ..trainer.observe.attempts import ended, launched, queued
 from ..trainer.observe.events import EventLog, newest_attempt
 from ..trainer.observe.summary import render_complete
-from ..trainer.observe.tracking import check_tracking
+from ..trainer.observe.wandb_account import check_tracking
 from ..trainer.run_directory import RunDirectory, create_or_open
 from ..trainer.settings import RunSettings
 from .budgets import Budgets
