@@ -81,7 +81,7 @@ class Options:
     wait: float = 300.0
     interval: float = 2.0
     floor: float = 300.0
-    first: float = 3600.0
+    first: float = 7200.0
     command: tuple[str, ...] = WORKER
     preflight: bool = True
 
