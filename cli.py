@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import __version__, cli_checkpoint, cli_cluster
+from . import __version__, cli_checkpoint, cli_cluster, cli_render
 from .errors import LongspanError
 from .redact import redact_text
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_cluster.app)
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_render.app, name="render")
 
 _RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")

@@ -2,20 +2,26 @@
 
 Three things are taken for a credential: a value under a name that says so (`api_key`, `hfToken`,
 `SECRET`), a part of a URL (`scheme://user:password@host`, `?X-Amz-Signature=`), and in text
-anything that stands in the environment under such a name.
+anything that stands in the environment under such a name, or in the files of the home directory
+in which tools keep credentials.
 """
 
 from __future__ import annotations
 
+import configparser
+import netrc
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 HIDDEN = "***"
 
 _SHORTEST = 8  # shorter values of the environment are words like `true`, and would garble text
+_LARGEST = 2**14  # bytes of a file that holds a credential and not much else
 _ANY = r"password|passwords|passwd|passphrase|pwd|secret|secrets|credential|credentials|signature"
 # Numbers stand under these too: `token: 5`; plurals count things.
 _TEXT_ONLY = r"key|token|apikey|authorization"
@@ -144,13 +150,69 @@ def _is_error(name: str) -> bool:
     return name.endswith(("Error", "Exception", "Warning"))
 
 
-@lru_cache(maxsize=2)
+def known_credentials(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The places of plain values that hold a credential of this machine.
+
+    Yields:
+        The dotted path, and where the credential is from: a variable or a file.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from known_credentials(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from known_credentials(item, f"{path}.{index}")
+    elif isinstance(value, str):
+        for secret, source in _known(tuple(os.environ.items())).items():
+            if secret in value:
+                yield path, source
+
+
 def _secrets(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Values under names that say so; the longest first, so that none hides a part of another."""
-    found = {
-        value
-        for name, value in environment
-        if len(value) >= _SHORTEST and is_secret_name(name) and not os.access(value, os.F_OK)
-    }
-    # A file that holds the credential (HF_TOKEN_PATH) is not one.
-    return tuple(sorted(found, key=len, reverse=True))
+    return tuple(_known(environment))
+
+
+@lru_cache(maxsize=2)
+def _known(environment: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Credentials of this machine and where they are from; the longest first, so that none hides
+    a part of another."""
+    found = [*_of_home(dict(environment))]
+    for name, value in environment:
+        if not is_secret_name(name):
+            continue
+        if os.access(value, os.F_OK):
+            # A file that holds the credential (HF_TOKEN_PATH) is not one; what it holds is.
+            found += [(_first_line(Path(value)), value)]
+        else:
+            found.append((value, f"the environment variable {name}"))
+    long = {value: source for value, source in found if len(value) >= _SHORTEST}
+    return {value: long[value] for value in sorted(long, key=len, reverse=True)}
+
+
+def _of_home(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What netrc files, Weights & Biases, Hugging Face, AWS and Ray keep in the home directory."""
+    home = Path(environment.get("HOME") or "~").expanduser()
+    for path in (environment.get("NETRC", ""), home / ".netrc", home / "_netrc"):
+        with suppress(netrc.NetrcParseError, OSError, UnicodeDecodeError):
+            for _, _, password in netrc.netrc(path).hosts.values() if path else ():
+                yield password or "", str(path)
+    wandb = Path(environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
+    for path in (wandb / "settings", home / ".aws" / "credentials"):
+        parser = configparser.ConfigParser(interpolation=None, default_section="default")
+        with suppress(configparser.Error, OSError, UnicodeDecodeError):
+            parser.read(path, "utf-8")
+        for section in ("default", *parser.sections()):
+            for name, value in parser[section].items():
+                if is_secret_name(name):
+                    yield value, str(path)
+    hugging_face = Path(environment.get("HF_HOME") or home / ".cache" / "huggingface")
+    for path in (hugging_face / "token", home / ".ray" / "auth_token"):
+        yield _first_line(path), str(path)
+
+
+def _first_line(path: Path) -> str:
+    """Of a small file; empty where there is none."""
+    with suppress(OSError, UnicodeDecodeError):
+        if path.is_file() and path.stat().st_size <= _LARGEST:
+            return path.read_text("utf-8").strip().partition("\n")[0].strip()
+    return ""

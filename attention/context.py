@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels.blocks import Blocks
 from ..kernels.mirror import Mirror
 from ..kernels.reach import Reach
+from ..kernels.transfer import to_device
 from ..kernels.windows import Windows
 from ..parallel.exchange import Exchange
 from ..parallel.halo import Make
@@ -149,7 +150,7 @@ class Context:
         """
         key = name, x.shape[-1], x.device, self.rope.turns, share
         return self.documents.once(
-            key, lambda: self.rope.at(positions().to(x.device), x.shape[-1], share)
+            key, lambda: self.rope.at(to_device(positions(), x.device), x.shape[-1], share)
         )
 
     def _turning(self, name: str, positions: Tensor, x: Tensor) -> Rotation:
@@ -160,7 +161,9 @@ class Context:
         index_T = self.documents.index_T
         if index_T is None or len(x_SE) == len(index_T):
             return x_SE
-        return x_SE.index_select(0, index_T.to(x_SE.device))
+        key = "rows", x_SE.device
+        there_T = self.documents.once(key, lambda: to_device(index_T, x_SE.device))
+        return x_SE.index_select(0, there_T)
 
     def look(self, q_THD: Tensor, k_SGD: Tensor, chosen: Chosen | None = None) -> None:
         """Have the probe, if there is one, compare what queries see with full attention.

@@ -38,8 +38,10 @@ class Notes:
             weight: What to divide by in the end; the same on all tensor ranks.
             part: Whether the sums of the tensor ranks add up.
         """
-        weight = torch.as_tensor(weight, device=total.device)
-        pair = torch.stack([total.detach().double(), weight.detach().double()])
+        total = total.detach().double()
+        # Filled there: a copy from the host would wait.
+        known = weight.detach() if isinstance(weight, Tensor) else torch.full_like(total, weight)
+        pair = torch.stack([total, known.double()])
         into = self._parts if part else self._shared
         into[name] = pair if name not in into else into[name] + pair
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import to_device
 from .frequencies import attention_factor, frequencies
 from .settings import RopeSettings
 
@@ -71,7 +72,7 @@ class RotaryTable:
             head_dim: Channels of one head.
             length: Tokens in a sequence of the stage, however many tokens there are here.
         """
-        turns = inverse_frequencies(settings, head_dim, length).to(positions_T.device)
+        turns = to_device(inverse_frequencies(settings, head_dim, length), positions_T.device)
         # fp32 angles are off by up to 0.03 radians at a million tokens.
         angle_TR = torch.outer(positions_T.double(), turns.double()).repeat(1, 2)
         factor = attention_factor(settings, length)

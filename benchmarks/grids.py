@@ -1,4 +1,4 @@
-"""All cases of the grids of context ranks, of which the tests draw some every day.
+"""All cases of the grids of which the tests draw some every day.
 
 Run: python benchmarks/grids.py --out benchmarks/results/context-grids-cpu.json
 """
@@ -27,6 +27,24 @@ GRIDS = {
         "tests/trainer/engine/test_mechanisms.py",
         "-k",
         "context_parallel or twenty",
+    ],
+    "layouts": [
+        "tests/trainer/engine/test_mechanisms.py",
+        "tests/trainer/engine/test_reshard.py",
+        "-k",
+        "layout or experts or four_ranks",
+    ],
+    "kills": [
+        "tests/trainer/test_attention_stages.py",
+        "tests/trainer/test_run.py",
+        "-k",
+        "killed",
+    ],
+    "memory": [
+        "tests/attention/test_ssa.py",
+        "tests/kernels/test_map_loss_memory.py",
+        "-k",
+        "64k",
     ],
 }
 

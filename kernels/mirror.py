@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .once import Once
+from .transfer import to_device
 
 
 class Mirror(Once):
@@ -23,11 +24,5 @@ class Mirror(Once):
         """The copy on `device`."""
         copy = self._copies.get(device)
         if copy is None:
-            copy = self.host.int()
-            if device.type == "cuda":
-                # Only a copy from pinned memory does not wait for the device.
-                copy = copy.pin_memory().to(device, non_blocking=True)
-            elif device.type != "cpu":
-                copy = copy.to(device)
-            self._copies[device] = copy
+            copy = self._copies[device] = to_device(self.host.int(), device)
         return copy

@@ -124,6 +124,10 @@ class Reach(Once):
 
     def area(self) -> int:
         """Number of visible (query, key) pairs."""
+        return self._area
+
+    @cached_property
+    def _area(self) -> int:
         return int((self.last_T - self.first_T).clamp(min=0).sum())
 
     @cached_property

@@ -20,6 +20,7 @@ from .reach import Reach
 from .selection_plan import Chunk, SelectionPlan, plan, visible
 from .selection_rule import SelectionRule
 from .top import top_ids
+from .transfer import to_device
 from .windows import Windows
 
 
@@ -117,7 +118,7 @@ def _of_groups(
         scores_CQtW = scores_CTW.unflatten(1, (len(sizes), -1))
         return scores_CQtW.amax(2) if largest else scores_CQtW.sum(2)
     device = scores_CTW.device
-    starts_Q, sizes_Q = (x.to(device) for x in (starts[:-1] - chunk.rows.start, sizes))
+    starts_Q, sizes_Q = (to_device(x, device) for x in (starts[:-1] - chunk.rows.start, sizes))
     total_CQW = scores_CTW.new_zeros(len(scores_CTW), len(sizes), scores_CTW.shape[2])
     for step in range(int(sizes.max())):
         at_Q = (starts_Q + step).clamp(max=scores_CTW.shape[1] - 1)

@@ -17,9 +17,11 @@ from ..trainer.settings import ModelSettings
 from .check_attention import warn_of_attention
 from .check_checkpoint import check_checkpoint
 from .check_hand_over import check_hand_over, warn_of_hand_over
+from .check_least_ranks import check_least_ranks
 from .check_recovery import check_recovery
 from .check_rope import check_induction_rope
 from .check_stage import check_stage
+from .check_tracking import check_tracking
 from .recipe import Recipe
 
 
@@ -58,12 +60,14 @@ def check_recipe(recipe: Recipe, machine: Machine | None = None) -> CheckedRecip
         *_check_credentials(recipe),
         *_check_model(recipe),
         *_check_ranks(recipe, ranks, machine),
+        *check_least_ranks(recipe),
     ]
     for index, stage in enumerate(recipe.stages):
         problems += check_stage(recipe, stage, index, ranks)
     problems += [*check_hand_over(recipe.stages, recipe.model.layers)]
     problems += [*_check_run(recipe), *_check_exactness(recipe, machine), *_check_data(recipe)]
     problems += [*check_checkpoint(recipe.checkpoint), *check_recovery(recipe)]
+    problems += [*check_tracking(recipe.tracking)]
     vocab, tokenizer_problems = _vocabulary(recipe)
     problems += [*tokenizer_problems, *_check_vocabulary(recipe, vocab)]
     if problems:

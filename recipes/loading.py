@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import Problem, RecipeError
-from ..trainer.settings import merge
+from ..trainer.settings import TRACKING_WORDS, merge
 from .document import describe, read_document
 from .overrides import apply_overrides
 from .pretrained import REPLACED, fill_in, starts_from_weights
@@ -78,6 +78,13 @@ def _find(reference: str, folder: Path) -> Path:
     raise RecipeError(reference, [problem])
 
 
+def _in_full(written: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings without short forms, which another file could not change in part."""
+    word = written.get("tracking")
+    block = TRACKING_WORDS.get(word) if isinstance(word, str) else None
+    return {**written, "tracking": dict(block)} if block else written
+
+
 def _read(path: Path, below: list[Path]) -> dict[str, Any]:
     """A recipe file merged over the one that it is based on.
 
@@ -90,7 +97,7 @@ def _read(path: Path, below: list[Path]) -> dict[str, Any]:
         circle = " -> ".join(file.name for file in chain)
         problem = Problem("base", circle, "a recipe that does not build on itself")
         raise RecipeError(str(chain[0]), [problem])
-    written = read_document(path)
+    written = _in_full(read_document(path))
     if "base" not in written:
         return written
     base = written.pop("base")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -9,9 +11,11 @@ from rich.text import Text
 from ..attention.catalogue import words
 from ..trainer.data.settings import LocalTokenizer
 from ..trainer.exchange_choice import ExchangeChoice, choose_exchange
+from ..trainer.gang_sizes import gang_sizes
 from ..trainer.parameters import attention_parameters, count_parameters
 from ..trainer.plan import plan_stage
-from ..trainer.settings import ModelSettings, OptimizerSettings, StageSettings
+from ..trainer.recovery_settings import RetrySettings
+from ..trainer.settings import ModelSettings, OptimizerSettings, RunSettings, StageSettings
 from .check import CheckedRecipe, count
 
 _BINARY = ((2**30, "G"), (2**20, "M"), (2**10, "K"))
@@ -26,6 +30,7 @@ def outline(checked: CheckedRecipe) -> RenderableType:
         title.append(f"  {recipe.summary}", style="not bold")
     warnings = [Text(f"warning: {text}", style="yellow") for text in checked.warnings]
     lines = [Text(line(checked)) for line in (_model, _tokenizer, _ranks)]
+    lines += map(Text, _on_a_cluster(recipe))
     return Group(title, *lines, Text(), _stages(checked), *_reasons(checked), *warnings)
 
 
@@ -70,6 +75,23 @@ def _ranks(checked: CheckedRecipe) -> str:
         f"ranks: {checked.ranks} on {where}, {checked.recipe.precision}"
         f"{', full recompute' if recompute == 'full' else ''}"
     )
+
+
+def _on_a_cluster(run: RunSettings) -> Iterator[str]:
+    """What binds there only, where a recipe says something of it."""
+    parts = []
+    if run.ranks_at_least is not None:
+        parts.append(f"goes on with {' or '.join(map(str, gang_sizes(run)))} ranks")
+    retries = run.recovery.retries
+    if retries != RetrySettings():
+        lost = count(retries.infrastructure, "new start")
+        parts.append(f"{lost} after lost nodes and dead or hanging ranks")
+        taken = "as many as it takes"
+        if retries.preemption is not None:
+            taken = count(retries.preemption, "new start")
+        parts.append(f"{taken} after preemptions")
+    if parts:
+        yield f"on a cluster only: {', '.join(parts)}"
 
 
 def _stages(checked: CheckedRecipe) -> Table:

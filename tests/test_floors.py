@@ -14,6 +14,7 @@ FLOORS = (
     "cli",
     "cli_checkpoint",
     "cli_cluster",
+    "cli_render",
     "cluster",
     "recipes",
     "trainer",
@@ -117,6 +118,7 @@ def test_settings_and_checks_are_free_of_torch():
         "trainer.status",
         "trainer.devices",
         "trainer.flops",
+        "trainer.gang_sizes",
         "trainer.parameters",
     ]
     imports = "".join(f"import longspan.{name.removesuffix('.__init__')}\n" for name in light)

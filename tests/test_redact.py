@@ -9,7 +9,13 @@ from longspan import cli
 from longspan.errors import Problem, RecipeError, RunError
 from longspan.recipes.check import check_recipe
 from longspan.recipes.loading import load_recipe
-from longspan.redact import credentials, is_secret_name, redact, redact_text
+from longspan.redact import (
+    credentials,
+    is_secret_name,
+    known_credentials,
+    redact,
+    redact_text,
+)
 from longspan.trainer import launch
 from longspan.trainer.devices import Machine
 from longspan.trainer.failure import read_failures, record_failure
@@ -104,6 +110,47 @@ def test_values_of_the_environment_are_hidden_wherever_they_stand(monkeypatch, t
     assert redact({"a": [f"-{SECRET}-"]}) == {"a": ["-***-"]}
     monkeypatch.delenv("STORE_SECRET")
     assert redact_text(SECRET) == SECRET
+
+
+def test_credentials_in_the_files_of_the_home_directory_are_hidden(monkeypatch, tmp_path):
+    names = ["netrc", "wandb", "aws", "hugging", "ray", "file"]
+    keys = {name: f"{name}-hunter2-hunter2" for name in names}
+    for folder in (".config/wandb", ".aws", ".cache/huggingface", ".ray"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / ".netrc").write_text(f"machine host login me password {keys['netrc']}\n")
+    (tmp_path / ".config/wandb/settings").write_text(f"[default]\napi_key = {keys['wandb']}\n")
+    aws = f"[work]\naws_access_key_id = x\naws_secret_access_key = {keys['aws']}\n"
+    (tmp_path / ".aws/credentials").write_text(aws)
+    (tmp_path / ".cache/huggingface/token").write_text(keys["hugging"])
+    (tmp_path / ".ray/auth_token").write_text(keys["ray"] + "\n")
+    (tmp_path / "key").write_text(keys["file"] + "\n")
+    monkeypatch.setenv("STORE_SECRET_PATH", str(tmp_path / "key"))
+    for name in ("NETRC", "WANDB_CONFIG_DIR", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    text = f"refused: {' '.join(keys.values())}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert redact_text(text) == "refused: *** *** *** *** *** ***"
+    found = dict(known_credentials({"a": [keys["aws"], {"b": f"x{keys['file']}"}], "c": "clean"}))
+    assert found == {"a.0": f"{tmp_path}/.aws/credentials", "a.1.b": str(tmp_path / "key")}
+
+
+def test_files_of_the_home_directory_that_cannot_be_read_are_none(monkeypatch, tmp_path):
+    (tmp_path / ".netrc").write_text("machine\n")
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_bytes(b"\xff\xfe no\n = section")
+    (tmp_path / ".cache/huggingface/token").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert redact_text("machine no section") == "machine no section"
+
+
+def test_a_recipe_with_a_credential_of_this_machine_makes_no_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("STORE_SECRET", SECRET)
+    recipe = load_recipe("smoke", [f"tracking.project=of-{SECRET}"])
+    with pytest.raises(RunError) as caught:
+        create_or_open(tmp_path / "run", recipe.run(), "smoke")
+    assert SECRET not in str(caught.value) and not (tmp_path / "run").exists()
+    assert "tracking.project holds a credential" in str(caught.value)
+    assert "the environment variable STORE_SECRET" in str(caught.value)
 
 
 def test_the_time_grows_with_the_text_only():

@@ -115,7 +115,7 @@ def _packages() -> Iterator[Row]:
 
 
 def _tracking() -> Iterator[Row]:
-    from .observe.tracking import resolve_mode
+    from .observe.wandb_account import resolve_mode
 
     mode = resolve_mode(TrackingSettings())
     remark = "metrics go to Weights & Biases as well"
@@ -123,6 +123,13 @@ def _tracking() -> Iterator[Row]:
         remark = "metrics stay in the run directory; for Weights & Biases run `wandb login`, set "
         remark += "WANDB_API_KEY, or WANDB_MODE=offline to write files without an account"
     yield "wandb", mode, remark
+    found = _version("tensorboardX")
+    remark = "event files for recipes with tracking: tensorboard"
+    yield (
+        "tensorboardX",
+        found or "missing",
+        remark if found else f"pip install tensorboardX: {remark}",
+    )
 
 
 def _optional() -> Iterator[Row]:

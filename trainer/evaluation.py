@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from ..kernels.transfer import to_device
 from .data.samples import Sample
 from .engine.engine import Engine
 
@@ -40,4 +41,4 @@ def shares(engine: Engine, samples: Sequence[Sample]) -> list[tuple[Sample, int]
 
 def local_part(engine: Engine, sample: Sample, values_T: torch.Tensor) -> torch.Tensor:
     """The part of a sample's values that belongs to this context rank."""
-    return values_T[engine.place(sample).index_T].to(engine.device)
+    return to_device(values_T[engine.place(sample).index_T], engine.device)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ INTERRUPTED = 130
 LAUNCHER_PID = "LONGSPAN_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TAIL_CHARACTERS = 8000
+# A rank that aborts is often the victim of another one that went away.
+_SECOND_HAND = (signal.SIGABRT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,53 @@ def read_failures(run_dir: Path) -> list[Failure]:
         except (OSError, ValueError, TypeError):
             continue
     return sorted(found, key=lambda failure: failure.time)
+
+
+def first_cause(
+    failures: Sequence[Failure],
+    codes: Mapping[int, int],
+    lost: Callable[[int, int], Failure],
+) -> Failure | None:
+    """What to show for ranks that failed: the first cause, not the ranks that it took along.
+
+    Args:
+        failures: What they left, earliest first.
+        codes: Exit codes of those that had failed before any was told to end.
+        lost: Describes a rank that left nothing, by its number and exit code.
+    """
+    explained = {failure.rank for failure in failures}
+    silent = {rank: code for rank, code in codes.items() if rank not in explained}
+    # Ranks that notice the end of another one say so; the one that cannot came first.
+    first = {rank: code for rank, code in silent.items() if -code not in _SECOND_HAND}
+    if failures and not first:
+        return failures[0]
+    if not silent:
+        return None
+    rank, code = min((first or silent).items(), key=lambda item: item[1])
+    return lost(rank, code)
+
+
+def without_words(rank: int, code: int, log: Path) -> Failure:
+    """The failure of a rank that left none.
+
+    Args:
+        rank: Its number.
+        code: Its exit code; the negative number of a signal that killed it.
+        log: What it printed.
+    """
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
+    kind = "user" if code == USER_ERROR else "internal"
+    words = f"rank {rank} {how} and left no message"
+    return Failure(rank, kind, words, redact_text(tail), time.time())
+
+
+def _signal_name(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return name + (" (out of memory?)" if number == signal.SIGKILL else "")
 
 
 def clear_failures(run_dir: Path) -> None:

@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
-from ..redact import redact_text
 from .devices import usable_cores
 from .failure import (
     COMPLETE,
@@ -25,19 +23,19 @@ from .failure import (
     INTERRUPTED,
     LAUNCHER_PID,
     STOPPED,
-    USER_ERROR,
     Failure,
+    first_cause,
     read_failures,
+    without_words,
 )
 from .observe.attempts import ATTEMPT
+from .redacted_log import RedactedLog
 from .run_directory import RunDirectory
 from .stopping import SAVE_SIGNAL
 
 _POLL_S = 0.05
 _GRACE_S = 10.0
-_TAIL_CHARACTERS = 8000
-# A rank that aborts is often the victim of another one that went away.
-_SECOND_HAND = (signal.SIGABRT, signal.SIGTERM)
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 def say(text: str) -> None:
@@ -73,6 +71,7 @@ class Gang:
     grace: float = math.inf
     held: Sequence[int] = ()
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _logs: list[RedactedLog] = field(default_factory=list)
     _signals: int = 0
     _save_asked: bool = False
     _crashed: dict[int, int] = field(default_factory=dict)
@@ -86,28 +85,15 @@ class Gang:
                 return self._watch()
             finally:
                 self._kill()
+                self._close_logs()
 
     def failure(self) -> Failure | None:
-        """What to show for a run that failed: the first cause, not the ranks it took along."""
+        """What to show for a run that failed."""
         failures = read_failures(self.directory.path)
-        explained = {failure.rank for failure in failures}
-        silent = {rank: c for rank, c in self._crashed.items() if rank not in explained}
-        # Ranks that notice the end of another one say so; the one that cannot came first.
-        first = {rank: code for rank, code in silent.items() if -code not in _SECOND_HAND}
-        if failures and not first:
-            return failures[0]
-        if not silent:
-            return None
-        rank, code = min((first or silent).items(), key=lambda item: item[1])
-        return self._lost(rank, code)
+        return first_cause(failures, self._crashed, self._lost)
 
     def _lost(self, rank: int, code: int) -> Failure:
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        log = self._log_path(rank)
-        tail = log.read_text("utf-8", "replace")[-_TAIL_CHARACTERS:] if log.exists() else ""
-        tail = redact_text(tail)
-        kind = "user" if code == USER_ERROR else "internal"
-        return Failure(rank, kind, f"rank {rank} {how} and left no message", tail, time.time())
+        return without_words(rank, code, self._log_path(rank))
 
     def _log_path(self, rank: int) -> Path:
         return self.directory.logs / f"rank-{rank}.log"
@@ -116,13 +102,33 @@ class Gang:
         port = _free_port()
         for rank in range(self.ranks):
             environment = self._environment(rank, port)
-            # Rank 0 shares the terminal for its live line; the others would only garble it.
-            log = None if rank == 0 else self._log_path(rank).open("ab")
-            self._processes.append(self._spawn(environment, log))
-            if log is not None:
-                log.close()
+            self._processes.append(self._spawn(environment, *self._outputs(rank)))
+        for log in self._logs:
+            log.start()
 
-    def _spawn(self, environment: dict[str, str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    def _outputs(self, rank: int) -> tuple[int | None, int | None]:
+        """Where a rank's stdout and stderr go: pipes into files or streams that are no terminal.
+
+        Rank 0 shares the terminal for its live line; the others would only garble it.
+        """
+        if rank == 0:
+            shared = _same_file(1, 2)
+            out = self._log(1)
+            return out, out if shared else self._log(2)
+        log = RedactedLog(os.open(self._log_path(rank), _APPEND, 0o644))
+        self._logs.append(log)
+        return log.fileno(), log.fileno()
+
+    def _log(self, stream: int) -> int | None:
+        """A pipe into a stream of this process; None, which shares it, for a terminal."""
+        if os.isatty(stream):
+            return None
+        self._logs.append(RedactedLog(stream, owned=False))
+        return self._logs[-1].fileno()
+
+    def _spawn(
+        self, environment: dict[str, str], out: int | None, err: int | None
+    ) -> subprocess.Popen[bytes]:
         # Until a rank listens, what asks it to save has to wait instead of ending it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE_SIGNAL})
         try:
@@ -132,8 +138,8 @@ class Gang:
                 env=environment,
                 cwd=self.directory.working_directory(),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=out,
+                stderr=err,
                 start_new_session=True,
                 pass_fds=self.held,
             )
@@ -179,7 +185,12 @@ class Gang:
             time.sleep(_POLL_S)
         if deadline == math.inf:
             self._crashed = self._failed()
+        self._close_logs()
         return self._exit_code()
+
+    def _close_logs(self) -> None:
+        while self._logs:
+            self._logs.pop().close()
 
     def _any_alive(self) -> bool:
         # All of them are asked: `any` over a generator would stop at the first that lives.
@@ -254,9 +265,9 @@ class Gang:
         self._save_asked = True
 
 
-def _signal_name(number: int) -> str:
+def _same_file(first: int, second: int) -> bool:
+    """Whether two streams of this process go to one place, as after `2>&1`."""
     try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    return name + (" (out of memory?)" if number == signal.SIGKILL else "")
+        return os.path.sameopenfile(first, second)
+    except OSError:
+        return False

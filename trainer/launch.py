@@ -16,7 +16,7 @@ from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
 from .gang import Gang, say
 from .observe.attempts import ended, launched
 from .observe.summary import render_complete
-from .observe.tracking import check_tracking
+from .observe.wandb_account import check_tracking
 from .plan import model_ranks, run_ranks
 from .run_directory import RunDirectory, create_or_open
 from .settings import RunSettings

@@ -29,8 +29,10 @@ from .engine.engine import Engine
 from .evaluation import held_out_loss
 from .exactness import Promise, declared, described, go_on
 from .going_back import GoingBack
+from .heartbeat import Heartbeat
 from .observe.goodput import goodput_so_far
 from .observe.observer import Observer
+from .observe.tracking import identity
 from .open_stage import OpenStage
 from .plan import plan_stage
 from .run_directory import RunDirectory, settings_hash, write_atomically
@@ -48,12 +50,19 @@ class Run:
         run: Its settings.
         observer: Told what happens; silent on ranks other than 0.
         stop: Set by a signal.
+        beat: Told what this rank is at.
     """
 
     def __init__(
-        self, directory: RunDirectory, run: RunSettings, observer: Observer, stop: StopRequest
+        self,
+        directory: RunDirectory,
+        run: RunSettings,
+        observer: Observer,
+        stop: StopRequest,
+        beat: Heartbeat | None = None,
     ) -> None:
         self.directory, self.run, self.observer, self.stop = directory, run, observer, stop
+        self.beat = beat or Heartbeat()
         self.plans = [plan_stage(stage, dist.get_world_size()) for stage in run.stages]
         self.steps = sum(plan.steps for plan in self.plans)
         self.first = dist.get_rank() == 0
@@ -126,6 +135,7 @@ class Run:
 
     def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> OpenStage:
         """Build the stage's engine and load the newest checkpoint into it."""
+        self.beat.enter("open", cursor.step)
         settings, folder = self.run.stages[cursor.stage], self.run.model.folder
         plan = self.plans[cursor.stage]
         weights = None
@@ -244,6 +254,7 @@ class Run:
             observer=self.observer,
             stop=self.stop,
             bad=self.bad,
+            beat=self.beat,
             save=lambda at, wait: self._save(stage, at, wait),
             poll=self.saves.poll,
             evaluate=lambda at: self._evaluate(stage, at),
@@ -257,6 +268,7 @@ class Run:
 
     def _save(self, stage: OpenStage, cursor: Cursor, wait: bool) -> None:
         """Begin to save, or save."""
+        self.beat.enter("save", cursor.step)
         assert self.promise is not None
         engine, spikes = stage.engine, stage.engine.spikes
         info = {
@@ -274,12 +286,14 @@ class Run:
             "exactness": self.promise.record(),
             "spikes": None if spikes is None else spikes.state(),
             "skipped": self.bad.in_a_row,
+            "tracking": identity(self.directory),
             "loss": self.loss,
         }
         self.saves.save(engine, cursor, info, wait=wait)
 
     def _evaluate(self, stage: OpenStage, cursor: Cursor) -> float:
         """Held-out loss of the live weights."""
+        self.beat.enter("evaluation", cursor.step)
         begun = time.monotonic()
         held_out = HeldOutSamples(stage.corpus.held_out, stage.settings.length)
         count = min(len(held_out), self.run.evaluation.sequences)
@@ -326,11 +340,13 @@ class Run:
                 "ends without a proof of context; raise held_out or add longer documents"
             )
             return None
+        self.beat.enter("proof", cursor.step)
         begun = time.monotonic()
         samples = [long[number] for number in range(len(long))]
         proof = context_proof(stage.engine, samples, settings.visible)
         seconds = time.monotonic() - begun
-        self.observer.evaluated("context", cursor.step, proof["gain"], seconds)
+        told = {**proof["gain"], "buckets": proof["buckets"]}
+        self.observer.evaluated("context", cursor.step, told, seconds)
         return proof
 
     def _finish(self, stage: OpenStage, cursor: Cursor, seconds: float, speed: float) -> None:

@@ -1,4 +1,4 @@
-"""What a run does about bad steps, and how long it may take to stop. No torch here."""
+"""What a run does about bad steps, stops and lost ranks. No torch here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from pydantic import Field
 from ..settings import Seconds, Settings
 
 
+class RetrySettings(Settings):
+    """How often a cluster may start a run's ranks again; a user's mistake ends the run at once."""
+
+    infrastructure: int = Field(default=10, ge=0)
+    """Times after a lost node, a dead or a hanging rank; one more ends the run."""
+
+    preemption: int | None = Field(default=None, ge=0)
+    """Times after nodes that were taken back with a notice; left out: as often as it happens."""
+
+
 class RecoverySettings(Settings):
-    """Steps whose loss or gradient is not finite or spikes, and the time to save at a stop."""
+    """Bad steps, the time to save at a stop, and new starts on a cluster."""
 
     nonfinite: Literal["abort", "skip", "rewind"] = "abort"
     """What follows a loss or gradient that is not finite. No rank ever applies such a step. skip:
@@ -36,6 +46,8 @@ class RecoverySettings(Settings):
 
     grace: Seconds = Field(default=600.0, gt=0)
     """Seconds that ranks have to save when the run is asked to stop."""
+
+    retries: RetrySettings = RetrySettings()
 
     @property
     def policies(self) -> tuple[str, str]:

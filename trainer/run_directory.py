@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..errors import RunError
-from ..redact import redact
+from ..redact import known_credentials, redact
 from .changes import changes
 from .run_lock import Owner, holder, run_lock
 from .settings import RunSettings
@@ -180,12 +180,14 @@ def create_or_open(path: Path, run: RunSettings, name: str) -> RunDirectory:
 
     Raises:
         RunError: The folder belongs to another recipe, holds something else, is being created
-            by another process, or cannot be written. Nothing in it was changed.
+            by another process, or cannot be written; or the recipe holds a credential. Nothing
+            in it was changed.
     """
     directory = RunDirectory(path)
     try:
         if not directory.is_run():
             _refuse_foreign(directory)
+            _refuse_credentials(run)
             directory.path.mkdir(parents=True, exist_ok=True)
             with directory.lock():
                 if not directory.is_run():
@@ -250,6 +252,15 @@ def _write_recipe(directory: RunDirectory, run: RunSettings, name: str) -> None:
     header = f"# The resolved recipe of this run: {name}, longspan {__version__}.\n"
     body = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomically(directory.recipe, header + body)
+
+
+def _refuse_credentials(run: RunSettings) -> None:
+    """The recipe is kept as it is, with the run, its checkpoints and whoever tracks it."""
+    for path, source in known_credentials(run.model_dump(mode="json", by_alias=True)):
+        raise RunError(
+            f"{path} holds a credential, that of {source}: a recipe is kept with every run of it",
+            "leave it out of the recipe; what needs it finds it where it is",
+        )
 
 
 def _refuse_foreign(directory: RunDirectory) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from ..attention.layer_settings import AttentionSettings
 from ..attention.settings import RopeSettings
@@ -17,6 +17,16 @@ from .recovery_settings import RecoverySettings
 
 SCHEME = "hf:"
 """Stands before the folder of a Hugging Face checkpoint."""
+
+DEFAULT_PROJECT = "longspan"
+"""Where Weights & Biases puts runs whose recipes name no project."""
+
+TRACKING_WORDS: dict[str, dict[str, Any]] = {
+    "none": {"wandb": "off"},
+    "wandb": {"wandb": "online"},
+    "tensorboard": {"wandb": "off", "tensorboard": True},
+}
+"""What `tracking:` may be in a word, and the block that it stands for."""
 
 
 class MoeSettings(Settings):
@@ -184,13 +194,37 @@ class TelemetrySettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """Where metrics go besides the terminal and events.jsonl."""
+    """Where metrics go besides the terminal and events.jsonl. `none`, `wandb` (online) and
+    `tensorboard` are short for a block that turns on that alone."""
 
     wandb: Literal["auto", "off", "offline", "online"] = "auto"
-    """auto: online when a key is configured, offline when WANDB_MODE=offline, otherwise off."""
+    """auto: online when a key is configured, offline when WANDB_MODE=offline, otherwise off.
+    online: a key is required; while the network is down, and with WANDB_MODE=offline, offline."""
 
-    project: str = "longspan"
+    tensorboard: bool = False
+    """Event files in the run's folder `tensorboard`; needs the package tensorboardX."""
+
+    project: str = DEFAULT_PROJECT
     """Weights & Biases project."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, raw: Any) -> Any:
+        if not isinstance(raw, str):
+            return raw
+        if raw not in TRACKING_WORDS:
+            raise ValueError(
+                f"one of {', '.join(TRACKING_WORDS)}, or a block with wandb, tensorboard, project"
+            )
+        return TRACKING_WORDS[raw]
+
+
+Tracked = Annotated[
+    TrackingSettings,
+    WithJsonSchema(
+        {"anyOf": [{"enum": list(TRACKING_WORDS)}, TrackingSettings.model_json_schema()]}
+    ),
+]
 
 
 class RunSettings(Settings):
@@ -201,6 +235,9 @@ class RunSettings(Settings):
 
     ranks: int | None = Field(default=None, ge=1)
     """Processes; left out: one per GPU, or on a CPU the fewest that the stages' layouts need."""
+
+    ranks_at_least: int | None = Field(default=None, ge=1)
+    """Processes that a cluster may go on with when it lost nodes; left out: `ranks` and no less."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of weights and activations; gradients, moments and loss are fp32 either way."""
@@ -215,7 +252,7 @@ class RunSettings(Settings):
     recovery: RecoverySettings = RecoverySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    tracking: TrackingSettings = TrackingSettings()
+    tracking: Tracked = TrackingSettings()
 
     @property
     def keeps_tokenizer(self) -> bool:

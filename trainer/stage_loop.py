@@ -18,6 +18,7 @@ from .engine.engine import Engine
 from .engine.optimizer import StepSums
 from .engine.schedule import learning_rate
 from .flops import FlopsCounter
+from .heartbeat import Heartbeat
 from .mfu_alarm import MfuAlarm
 from .observe.observer import Observer
 from .observe.sink import StepMetrics
@@ -71,6 +72,7 @@ class StageLoop:
         observer: Told of every step.
         stop: Set by a signal.
         bad: Decides what follows a bad step.
+        beat: Told what this rank is at.
         save: Called with the cursor where a checkpoint is due, and whether to wait for it.
         poll: Called after every step.
         evaluate: Called with the cursor where an evaluation is due.
@@ -88,6 +90,7 @@ class StageLoop:
         observer: Observer,
         stop: StopRequest,
         bad: BadSteps,
+        beat: Heartbeat,
         save: Callable[[Cursor, bool], None],
         poll: Callable[[], None],
         evaluate: Callable[[Cursor], object],
@@ -95,6 +98,7 @@ class StageLoop:
         self.run, self.stage, self.plan, self.steps = run, stage, plan, steps
         self.engine, self.samples, self.observer, self.stop = engine, samples, observer, stop
         self.bad, self.save, self.poll, self.evaluate = bad, save, poll, evaluate
+        self.beat = beat
         self._loss, self._stopping, self._save_asked = math.nan, False, False
         self._back: BadStep | None = None
         self._load = ContextLoad(run.model, stage, engine.choice)
@@ -112,6 +116,7 @@ class StageLoop:
             self._compare(cursor)
         while cursor.stage_step < self.plan.steps and not self._stopping:
             begun = time.monotonic()
+            self._tell(cursor)
             if pending is None:
                 self._alarm.idle()
             lr = learning_rate(self.stage.optimizer, cursor.stage_step, self.plan.steps)
@@ -141,6 +146,11 @@ class StageLoop:
             self.poll()
         return StageEnd(cursor, self._loss, self._stopping)
 
+    def _tell(self, cursor: Cursor) -> None:
+        """Let whoever watches know that the step after a cursor begins."""
+        self.beat.own_s = self.engine.own_time.seconds()
+        self.beat.enter("step", cursor.step + 1)
+
     def _must_report(self, cursor: Cursor) -> bool:
         """Whether the step that ended at a cursor has to be over before anything else."""
         ended = cursor.stage_step == self.plan.steps
@@ -167,6 +177,7 @@ class StageLoop:
         parallel = self.stage.parallel
         if parallel.context == 1 or not parallel.canary:
             return
+        self.beat.enter("canary", cursor.step)
         comparison = compare(self.engine, self._micro_batches(cursor.next_sample)[0])
         self.observer.compared(cursor.step, comparison.values)
         comparison.demand(self.run, self.stage)
@@ -236,6 +247,7 @@ class StageLoop:
                 context_bytes=pending.context_bytes,
                 context_wait_s=pending.waiting.seconds(),
                 imbalance=self._load.imbalance(places),
+                peak_bytes=self.engine.peak_memory,
             )
         )
         if (text := self._alarm.done(flops)) is not None:

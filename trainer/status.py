@@ -15,6 +15,7 @@ from .observe.events import read_events
 from .observe.goodput import BUCKETS, Goodput, measure_goodput
 from .observe.summary import goodput_line, table
 from .observe.terminal import duration
+from .observe.wandb_folders import sync_command
 from .run_directory import RunDirectory
 from .run_lock import Owner
 
@@ -89,6 +90,7 @@ class Status:
         checkpoint_time: When it was completed, in unix seconds.
         goodput: Where its time went, up to the newest event.
         now: When this was found out, in unix seconds.
+        sync: What uploads the metrics that Weights & Biases lacks; None where it lacks none.
     """
 
     directory: str
@@ -100,6 +102,7 @@ class Status:
     checkpoint_time: float | None
     goodput: Goodput
     now: float
+    sync: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON; ages are in seconds."""
@@ -112,6 +115,7 @@ class Status:
             "event_age_s": self.age(self.position.event_time),
             "checkpoint": self.checkpoint,
             "checkpoint_age_s": self.age(self.checkpoint_time),
+            "sync": self.sync,
             "goodput": self.goodput.as_dict()
             | {"attempts": [asdict(attempt) for attempt in self.goodput.attempts]},
         }
@@ -148,6 +152,7 @@ def read_status(directory: RunDirectory) -> Status:
         checkpoint_time=saved,
         goodput=goodput,
         now=time.time(),
+        sync=None if running else sync_command(directory.path),
     )
 
 
@@ -187,6 +192,9 @@ def render_status(status: Status) -> str:
     elif status.goodput.attempts:
         lines.append("  no checkpoint yet")
     lines += _attempt_lines(status.goodput) + _goodput_table(status.goodput)
+    if status.sync is not None:
+        lines += ["metrics that are not on Weights & Biases yet; upload them with:"]
+        lines += [f"  {status.sync}"]
     if status.state not in ("running", "complete"):
         lines += ["go on with:", f"  longspan resume {status.directory}"]
     return "\n".join(lines)

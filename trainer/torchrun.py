@@ -12,7 +12,7 @@ from .checkpoint.store import open_store
 from .failure import COMPLETE
 from .observe.attempts import attempt_in_environment, ended, launched
 from .observe.summary import render_complete
-from .observe.tracking import check_tracking
+from .observe.wandb_account import check_tracking
 from .plan import model_ranks
 from .run_directory import RunDirectory, check_same_recipe, create_or_open
 from .settings import RunSettings

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from .failure import COMPLETE, STOPPED, die_with_parent, record_failure
+from .heartbeat import Heartbeat, open_heartbeat
 from .stopping import StopRequest
 
 # The first step of another rank may wait for this one to tokenise the corpus.
@@ -22,14 +23,15 @@ def main(run_dir: Path) -> int:
     """
     stop = StopRequest()
     stop.listen()
+    beat = open_heartbeat()
     rank = int(os.environ["RANK"])
     try:
-        return COMPLETE if _run(run_dir, rank, stop) else STOPPED
+        return COMPLETE if _run(run_dir, rank, stop, beat) else STOPPED
     except Exception as error:
         return record_failure(run_dir, rank, error)
 
 
-def _run(run_dir: Path, rank: int, stop: StopRequest) -> bool:
+def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
     """Join the other ranks and run; whether the run is complete."""
     # Here, because torch and megatron take seconds, in which the launcher may die or the user stop.
     import torch.distributed as dist
@@ -45,8 +47,9 @@ def _run(run_dir: Path, rank: int, stop: StopRequest) -> bool:
     dist.init_process_group(backend(), timeout=_TIMEOUT)
     observer = open_observer(directory, run, rank)
     try:
-        complete = Run(directory, run, observer, stop).train()
+        complete = Run(directory, run, observer, stop, beat).train()
     finally:
+        beat.enter("end")
         observer.close()
     dist.barrier()
     dist.destroy_process_group()

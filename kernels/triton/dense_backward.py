@@ -100,7 +100,8 @@ def backward(
     inputs = (q, k, v, bias, dout, *row_terms, first, last)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2],
                *(bias.stride() if bias is not None else (0, 0)))  # fmt: skip
-    sizes = (rows, keys, *scalars(scoring), size_class(rows), size_class(keys))
+    seen = reach.area() // rows
+    sizes = (rows, keys, *scalars(scoring), size_class(rows), size_class(seen))
     fixed = constants(q, k, v, scoring)
     _query_kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]), heads)](
         *inputs, dq, *strides, *sizes, **fixed
@@ -166,12 +167,14 @@ def _row_kernel(
     tl.store(delta + to_M, delta_M, mask=inside_M)
 
 
-@autotuned(_query_options, ["GROUP", "BLOCK_D", "BLOCK_V", "CAP", "BIAS", "row_class", "key_class"])
-@triton.jit(do_not_specialize=["row_class", "key_class"])
+@autotuned(
+    _query_options, ["GROUP", "BLOCK_D", "BLOCK_V", "CAP", "BIAS", "row_class", "seen_class"]
+)
+@triton.jit(do_not_specialize=["row_class", "seen_class"])
 def _query_kernel(
     q, k, v, bias, dout, level, delta, first, last, dq,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, bias_row, bias_head,
-    rows, keys, scale, softcap, row_class, key_class,
+    rows, keys, scale, softcap, row_class, seen_class,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr, BYTES: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     PLAIN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -243,12 +246,12 @@ def _query_step(
     return dot(narrow(dscores_MN, k_ND.dtype), k_ND, dq_MD)
 
 
-@autotuned(_key_options, ["GROUP", "BLOCK_D", "BLOCK_V", "CAP", "BIAS", "row_class", "key_class"])
-@triton.jit(do_not_specialize=["row_class", "key_class"])
+@autotuned(_key_options, ["GROUP", "BLOCK_D", "BLOCK_V", "CAP", "BIAS", "row_class", "seen_class"])
+@triton.jit(do_not_specialize=["row_class", "seen_class"])
 def _key_kernel(
     q, k, v, bias, dout, level, delta, first, last, plan, dk, dv, dbias,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, bias_row, bias_head,
-    rows, keys, scale, softcap, row_class, key_class,
+    rows, keys, scale, softcap, row_class, seen_class,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr, BYTES: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     PLAIN: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,

@@ -47,7 +47,7 @@ def _options(launch: dict[str, Any]) -> list[triton.Config]:
     if width <= 64:
         return [_config(128, 128, 8, 3), _config(128, 64, 4, 3), _config(64, 64, 4, 2)]
     if width <= 128:
-        return [_config(128, 64, 8, 4), _config(128, 128, 8, 2), _config(64, 64, 4, 3)]
+        return [_config(128, 64, 8, 4), _config(128, 128, 8, 3), _config(64, 64, 4, 3)]
     return [_config(128, 64, 8, 2), _config(64, 32, 4, 2)]
 
 
@@ -77,18 +77,18 @@ def forward(
         reach.first.on(q.device), reach.last.on(q.device), bias,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out_THV.stride()[:2],
         *(bias.stride() if bias is not None else (0, 0)),
-        rows, len(k), *scalars(scoring), size_class(rows), size_class(len(k)),
+        rows, len(k), *scalars(scoring), size_class(rows), size_class(reach.area() // rows),
         **constants(q, k, v, scoring),
     )  # fmt: skip
     return out_THV, lse_TH
 
 
-@autotuned(_options, ["GROUP", "BLOCK_D", "BLOCK_V", "CAP", "BIAS", "row_class", "key_class"])
-@triton.jit(do_not_specialize=["row_class", "key_class"])
+@autotuned(_options, ["GROUP", "BLOCK_D", "BLOCK_V", "CAP", "BIAS", "row_class", "seen_class"])
+@triton.jit(do_not_specialize=["row_class", "seen_class"])
 def _forward_kernel(
     q, k, v, out, lse, first, last, bias,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, bias_row, bias_head,
-    rows, keys, scale, softcap, row_class, key_class,
+    rows, keys, scale, softcap, row_class, seen_class,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr, BYTES: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
     PLAIN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,

@@ -27,7 +27,9 @@ from .sparse_steps import (
     choices_of_rows,
     list_of_rows,
     load_rows,
+    part_of,
     rows_of_choices,
+    store_part,
     store_rows,
 )
 from .sparse_work import Work, cut, take
@@ -35,9 +37,10 @@ from .steps import LN2, LOG2E, logits_of, narrow, product, within
 from .tuning import autotuned
 
 BUFFER = 2**31
-"""Bytes of partial results that exist at once."""
+"""Bytes of partial results that exist at once. Half of it was 2% slower on an H200 and 2% faster on
+an H100, a quarter slower on both."""
 
-ROWS_OF_A_PROGRAM = 1024
+ROWS_OF_A_PROGRAM = 2048
 """What a program waits for before its first row (its work, keys and values) takes as long as one or
 two hundred rows."""
 
@@ -197,8 +200,8 @@ def _parts(
         # Not the output: it has more dims than there are keys, and another layout.
         weights_MN = narrow(weights_MN * share_M[:, None], v_NV.dtype)
         out_MV = product(weights_MN, v_NV)
-        to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
-        store_rows(part, to_M * V, live_M, out_MV, V, VP)
+        to_M = part_of(token_M - token0, head_M, entry_M * KT + tile, heads, N * KT)
+        store_part(part, to_M * V, live_M, out_MV, V, VP)
         tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
 
 
@@ -210,7 +213,8 @@ def _merge(
 ):  # fmt: skip
     row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live_M = row_M < rows
-    token_M, head_M = token0 + row_M // H, row_M % H
+    near_M, head_M = (row_M // H).to(tl.int64), row_M % H
+    token_M = token0 + near_M
     list_M = list_of_rows(ids, owners, token_M, head_M, live_M, C, H, N, GROUPED)
     at = tl.arange(0, VP)
     peak_M = tl.full([ROWS], float("-inf"), tl.float32)
@@ -221,7 +225,7 @@ def _merge(
         # Nobody wrote what belongs to no block.
         there_ME = live_M[:, None] & (entry_E < N * KT)[None, :]
         block_ME = tl.load(list_M[:, None] + (entry_E // KT)[None, :], mask=there_ME, other=-1)
-        from_ME = row_M.to(tl.int64)[:, None] * (N * KT) + entry_E[None, :]
+        from_ME = part_of(near_M[:, None], head_M[:, None], entry_E[None, :], H, N * KT)
         sum_ME = tl.load(sums + from_ME, mask=block_ME >= 0, other=float("-inf"))
         live_MEV = (sum_ME > float("-inf"))[:, :, None] & (at < V)[None, None, :]
         from_MEV = part + from_ME[:, :, None] * V + at
@@ -237,7 +241,7 @@ def _merge(
         peak_M = new_M
     nothing_M = total_M == 0.0
     total_M = tl.where(nothing_M, 1.0, total_M)
-    to_M = token_M.to(tl.int64) * H + head_M
+    to_M = token_M * H + head_M
     store_rows(out, to_M * V, live_M, acc_MV / total_M[:, None], V, VP)
     lse_M = tl.where(nothing_M, float("-inf"), (peak_M + tl.log2(total_M)) * LN2)
     tl.store(lse + to_M, lse_M, mask=live_M)

@@ -23,7 +23,9 @@ from .sparse_steps import (
     level_of,
     list_of_rows,
     load_rows,
+    part_of,
     rows_of_choices,
+    store_part,
     store_rows,
 )
 from .sparse_work import take
@@ -121,8 +123,8 @@ def _parts(
         if CAP:
             dlogits_MN *= slope_of(capped_MN, softcap)
         dq_MD = product(narrow(dlogits_MN, k_ND.dtype), k_ND)
-        to_M = (((token_M - token0) * heads + head_M) * N + entry_M) * KT + tile
-        store_rows(part, to_M * D, live_M, dq_MD, D, DP)
+        to_M = part_of(token_M - token0, head_M, entry_M * KT + tile, heads, N * KT)
+        store_part(part, to_M * D, live_M, dq_MD, D, DP)
 
 
 @triton.jit(do_not_specialize=["token0", "rows"])
@@ -133,7 +135,8 @@ def _sum(
 ):  # fmt: skip
     row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live_M = row_M < rows
-    token_M, head_M = token0 + row_M // H, row_M % H
+    near_M, head_M = (row_M // H).to(tl.int64), row_M % H
+    token_M = token0 + near_M
     list_M = list_of_rows(ids, owners, token_M, head_M, live_M, C, H, N, GROUPED)
     at = tl.arange(0, DP)
     acc_MD = tl.zeros([ROWS, DP], tl.float32)
@@ -142,10 +145,10 @@ def _sum(
         # Nobody wrote what belongs to no block.
         there_ME = live_M[:, None] & (entry_E < N * KT)[None, :]
         block_ME = tl.load(list_M[:, None] + (entry_E // KT)[None, :], mask=there_ME, other=-1)
-        from_ME = row_M.to(tl.int64)[:, None] * (N * KT) + entry_E[None, :]
+        from_ME = part_of(near_M[:, None], head_M[:, None], entry_E[None, :], H, N * KT)
         live_MED = (block_ME >= 0)[:, :, None] & (at < D)[None, None, :]
         from_MED = part + from_ME[:, :, None] * D + at
         part_MED = tl.load(from_MED, mask=live_MED, other=0.0, eviction_policy="evict_first")
         acc_MD += tl.sum(part_MED.to(tl.float32), 1)
-    to_M = token_M.to(tl.int64) * H + head_M
+    to_M = token_M * H + head_M
     store_rows(dq, to_M * D, live_M, acc_MD * scale, D, DP)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
-from .sparse_blocks import BUFFER, launch, row_tile
+from .sparse_blocks import launch, row_tile
 from .sparse_shape import TUNED_BY, Inputs, Shape
 from .sparse_steps import (
     bounds_of,
@@ -34,6 +34,9 @@ from .sparse_steps import (
 from .sparse_work import Work, splits_of, take
 from .steps import LOG2E, dot, logits_of, narrow, product, slope_of, within
 from .tuning import autotuned, one_warp_group
+
+BUFFER = 2**31
+"""Bytes of partial sums."""
 
 LEAST_ROWS = 512
 """Of a split."""

@@ -36,6 +36,32 @@ def store_rows(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
+def store_part(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """`store_rows` of partial results: read once and late, they need no room in the L2 cache."""
+    at = tl.arange(0, PADDED)
+    live = live_M[:, None]
+    if SIZE != PADDED:
+        live = live & (at < SIZE)[None, :]
+    to = base + offset_M[:, None] + at[None, :]
+    part = narrow(rows_MD, base.dtype.element_ty)
+    tl.store(to, part, mask=live, eviction_policy="evict_first")
+
+
+@triton.jit
+def part_of(near, head, entry, H: tl.constexpr, ENTRIES: tl.constexpr):
+    """Number of a partial result: what a choice brings to the heads of a token lies together.
+
+    Args:
+        near: Token, counted from the first of the buffer.
+        head: Query head.
+        entry: Of the row's list of blocks, key tiles counted one by one.
+        H: Query heads.
+        ENTRIES: Of a list.
+    """
+    return (near * ENTRIES + entry) * H + head
+
+
+@triton.jit
 def rows_of_group(
     groups, group, row0, unit, R: tl.constexpr, GROUPED: tl.constexpr, LONG: tl.constexpr,
     BM: tl.constexpr,

@@ -152,7 +152,7 @@ def assert_one_rank(name, kind, layout, cu):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_context_ranks_are_one_rank_in_fp64(name, ranks):
-    for kind, layout_kind, cu in sample(f"{name} {ranks}", grid(ranks), 4):
+    for kind, layout_kind, cu in sample(f"{name} {ranks}", grid(ranks), 8 // ranks):
         assert_one_rank(name, kind, make_layout(layout_kind, cu[-1], ranks), cu)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from reference.ssa import naive_blocks, naive_streams
+from support.grid import sample
 from support.mechanisms import (
     context,
     gradients,
@@ -160,7 +161,7 @@ def test_tensor_ranks_together_are_one():
         torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("sparse", [0.1, 0.9])
+@pytest.mark.parametrize("sparse", sample("64K tokens", [0.1, 0.9], 1))
 def test_64k_tokens_in_bounded_memory(sparse):
     tokens, where = 2**16, site(1, 1, dim=16, hidden=16, dtype=torch.float32)
     layer = make({"kind": "ssa", "block": 64, "count": 16}, where)

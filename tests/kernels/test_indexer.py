@@ -243,15 +243,16 @@ def test_a_score_that_overflows_does_not_push_out_what_is_forced():
     assert blocks.ids_QCN[-1, 0].tolist() == [0, 1, 7]
 
 
-def test_all_of_64k_tokens_in_bounded_memory(monkeypatch):
+def test_rows_all_over_64k_tokens_in_bounded_memory(monkeypatch):
     monkeypatch.undo()
     tokens = 2**16
-    index = draw_index(tokens, tokens, heads=(1, 1), dim=16)
+    some = torch.arange(3, tokens, 4)
+    index = draw_index(len(some), tokens, heads=(1, 1), dim=16)
     with peak_growth() as grown:
-        chosen = select_tokens(index, Reach.documents([0, tokens]), 1024)
-    # 256 MiB of it are the choice.
-    assert grown.mib < 512, grown.mib
-    assert bool((chosen.ids_QCN[1023:] >= 0).all())
+        chosen = select_tokens(index, Reach.documents([0, tokens]).rows(some), 1024)
+    # 64 MiB of it are the choice. The scores would be 4 GiB.
+    assert grown.mib < 256, grown.mib
+    assert bool((chosen.ids_QCN[255:] >= 0).all())
 
 
 def test_selection_over_64k_tokens_in_bounded_memory(monkeypatch):

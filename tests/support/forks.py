@@ -216,19 +216,19 @@ class _Rank:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _leave(self._work, launch, command[-1], env, cwd, stdout, pass_fds)
+            _leave(self._work, launch, command[-1], env, cwd, (stdout, stderr), pass_fds)
 
     @staticmethod
-    def _work(launch: Launch, run_dir: str, env, cwd, log, pass_fds) -> int:
+    def _work(launch: Launch, run_dir: str, env, cwd, outputs, pass_fds) -> int:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         os.environ.clear()
         os.environ.update(env)
         os.chdir(cwd)
-        if log is not None:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        for number, output in enumerate(outputs, 1):
+            if output is not None:
+                os.dup2(output, number)
         _close_all_but(pass_fds)
         tracer = faults.arm(1 + int(env["RANK"]), launch.control, launch.roots, launch.fault)
         _tell_phases(tracer)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from longspan.trainer.observe.events import read_events
+from support.grid import sample
 
 NSA = "{kind: nsa, block: 8, count: 4, window: 16, compress_length: 8, compress_stride: 4}"
 INDEXER = "kind: indexer, count: 24, heads: 2, dim: 16"
@@ -66,7 +67,7 @@ def steps(run_dir):
     }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sample("killed stages", RECIPES, 1))
 def test_killed_in_a_stage_with_new_parameters_and_resumed(environment, tmp_path, name):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(RECIPES[name])

@@ -25,10 +25,10 @@ class Samples:
 
 
 class Heard(Sink):
-    """Keeps the news."""
+    """Keeps the news, and what the heartbeat was told: section, step, own seconds before."""
 
     def __init__(self):
-        self.news = []
+        self.news, self.beats = [], []
 
     def step(self, metrics):
         self.news.append(("step", metrics))
@@ -52,6 +52,7 @@ def train(run, step=0, peak=None, wrong=False):
     from longspan.trainer.bad_steps import BadSteps
     from longspan.trainer.checkpoint.cursor import Cursor
     from longspan.trainer.engine import engine as module
+    from longspan.trainer.heartbeat import Heartbeat
     from longspan.trainer.plan import plan_stage
     from longspan.trainer.stage_loop import StageLoop
     from longspan.trainer.stopping import StopRequest
@@ -60,7 +61,13 @@ def train(run, step=0, peak=None, wrong=False):
     plan = replace(plan_stage(stage, run.ranks), steps=3)
     engine = module.Engine(run, stage, VOCAB)
     given = {"steps": 3, "engine": engine, "samples": Samples(), "observer": heard}
-    given["bad"] = BadSteps(run.recovery)
+
+    class Beats(Heartbeat):
+        def enter(self, section, step=0):
+            heard.beats.append((section, step, self.own_s))
+            super().enter(section, step)
+
+    given |= {"bad": BadSteps(run.recovery), "beat": Beats()}
     then = {"stop": StopRequest(), "evaluate": lambda at: None}
     then |= {"save": lambda at, wait: None, "poll": lambda: None}
     first = Cursor(step, 0, step, step * 4, 0)
@@ -124,3 +131,13 @@ def test_an_impossible_mfu_is_an_alarm_once_in_a_stage(worlds):
     assert (name, step) == ("mfu", 1) and "is impossible" in text
     assert all(metrics.mfu > 1 for metrics in heard.of("step"))
     assert worlds(2).run(train, tiny_run(ranks=2), 0, 1e18)[0][0].of("alarm") == []
+
+
+def test_whoever_watches_sees_each_step_and_what_a_rank_computed_itself(worlds):
+    for heard, _ in worlds(2).run(train, settings()):
+        assert [beat[:2] for beat in heard.beats] == [
+            ("canary", 0), ("step", 1), ("step", 2), ("step", 3)
+        ]  # fmt: skip
+        before, *own = [seconds for section, _, seconds in heard.beats if section == "step"]
+        assert before == 0
+        assert all(0 < s < m.step_s for s, m in zip(own, heard.of("step"), strict=False))

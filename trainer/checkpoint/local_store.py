@@ -51,6 +51,7 @@ class LocalStore:
             if not file.exists():
                 _write_once(file, owner)
             owner.demand(file.read_bytes(), self.root)
+            _unfinished(file, owner).unlink(missing_ok=True)  # of a launch that was killed here
         self._claimed = True
 
     def begin(self, step: int) -> str:
@@ -264,7 +265,7 @@ def _read(handle: int, first: int, end: int) -> bytes:
 
 def _write_once(file: Path, owner: Owner) -> None:
     """Write the owner file whole, unless another run was first."""
-    temporary = file.with_name(f"{file.name}.{owner.id}")
+    temporary = _unfinished(file, owner)
     temporary.unlink(missing_ok=True)
     _write(temporary, [owner.content])
     try:
@@ -279,6 +280,11 @@ def _write_once(file: Path, owner: Owner) -> None:
     finally:
         temporary.unlink()
     _sync(file.parent)
+
+
+def _unfinished(file: Path, owner: Owner) -> Path:
+    """Where an owner writes the file before it is there."""
+    return file.with_name(f"{file.name}.{owner.id}")
 
 
 def _sync(folder: Path) -> None:

@@ -26,6 +26,7 @@ from .hf_config import CONFIG, Dtype, HfModel, read_config
 class Exported:
     """What `export` wrote, from where, and what is to be said of its attention."""
 
+    run: RunDirectory
     checkpoint: CheckpointFiles
     model: HfModel
     companions: tuple[str, ...]
@@ -58,7 +59,7 @@ def export(what: Path, out: Path, *, dtype: Dtype | None = None) -> Exported:
         write_atomically(folder / "README.md", card)
 
     written = export_checkpoint(checkpoint, out, hf=hf, dtype=dtype, add_files=add_files)
-    return Exported(checkpoint, written, tuple(companions), attention)
+    return Exported(directory, checkpoint, written, tuple(companions), attention)
 
 
 def _find(what: Path) -> tuple[RunDirectory, CheckpointFiles]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from ...errors import ConversionError
+from ..observe.tracked_export import track_export
 from .convert import import_checkpoint
 from .export import export
 from .hf_config import DTYPES, Dtype, HfModel
@@ -54,6 +55,7 @@ def export_model(
         *_about(done.model),
         f"with: {', '.join(('README.md', *done.companions))}",
         *([done.attention] if done.attention else []),
+        *track_export(done.run, out, done.checkpoint.folder),
     ]
     if not verify:
         return Report(tuple(lines))

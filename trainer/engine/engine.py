@@ -27,6 +27,7 @@ from ...parallel.transport import DistributedTransport
 from ..data.samples import Sample
 from ..exchange_choice import ExchangeChoice, choose_exchange
 from ..flops import peak_flops
+from ..own_time import OwnTime
 from ..parameters import count_parameters, layer_shape
 from ..platform import device
 from ..settings import RunSettings, StageSettings
@@ -60,11 +61,14 @@ class Engine:
     ) -> None:
         self.run, self.stage = run, stage
         self.device = device()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.groups = build_groups(stage.parallel)
         seed_step(self.groups, run.seed, "start")
         self.model = LongModel(run, stage, vocab, self.groups, weights).to(self.device)
         self.config = self.model.config
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.own_time = OwnTime(self.device)
+        self.config.finalize_model_grads_func = self._finalize
         self.reporting = is_reporting_rank(self.groups)
         self.tokens_per_batch = stage.length * stage.micro_batch
         self.traffic = Traffic()
@@ -105,6 +109,13 @@ class Engine:
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         return None if peak is None else peak * dist.get_world_size()
 
+    @property
+    def peak_memory(self) -> int | None:
+        """Most bytes that tensors took on this rank's GPU in this stage; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
     def place(self, sample: Sample) -> Place:
         """Which of a sample's tokens this context rank has."""
         return self.build.places.of(sample.cu_seqlens)
@@ -133,6 +144,7 @@ class Engine:
         seed_step(self.groups, *key)
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.own_time.begin()
         notes = Notes()
         batches = (
             replace(self.build(sample, notes), probe=None if number else probe)
@@ -176,8 +188,13 @@ class Engine:
         tokens = torch.zeros((), dtype=torch.int32, device=self.device)
         for report in reports:
             tokens += report[1].to(torch.int32)
-        finalize_model_grads([self.chunk], tokens, pg_collection=self.groups)
+        self._finalize([self.chunk], tokens, pg_collection=self.groups)
         return reports
+
+    def _finalize(self, *given: Any, **named: Any) -> None:
+        """Sum gradients over ranks: here they wait for each other."""
+        self.own_time.meet()
+        finalize_model_grads(*given, **named)
 
     def shares(self, notes: Notes) -> dict[str, torch.Tensor]:
         """This rank's share of each note, so that a sum over all ranks counts everything once.

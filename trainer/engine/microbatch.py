@@ -19,6 +19,7 @@ from ...attention.notes import Notes
 from ...attention.probe import Probe
 from ...attention.rope import Rope
 from ...kernels.blocks import Blocks
+from ...kernels.transfer import to_device
 from ..data.samples import Sample
 from .initialize import stable_seed
 from .key_cache import KeyCache
@@ -103,11 +104,12 @@ class BatchBuilder:
         tokens = len(index_T)
         lengths = sample.cu_seqlens.diff().long()
         starts_T = torch.repeat_interleave(sample.cu_seqlens[:-1].long(), lengths)
-        positions_T = (torch.arange(place.layout.length) - starts_T)[index_T].to(self.device)
+        positions_S = torch.arange(place.layout.length) - starts_T
+        positions_T = to_device(positions_S[index_T], self.device)
 
         def local(values_S: torch.Tensor) -> torch.Tensor:
             own_R = F.pad(values_S[index_T], (0, rows - tokens))
-            return own_R.to(self.device, non_blocking=True)
+            return to_device(own_R, self.device)
 
         weights_R = local(sample.weights_T)
         context = Context(
@@ -122,7 +124,7 @@ class BatchBuilder:
         )
         spare_1R = None
         if place.spare:
-            spare_1R = (torch.arange(rows) >= tokens)[None].to(self.device, non_blocking=True)
+            spare_1R = to_device((torch.arange(rows) >= tokens)[None], self.device)
         return MicroBatch(
             qkv_format="thd",
             attention=context,

@@ -17,14 +17,34 @@ ATTEMPT = "LONGSPAN_ATTEMPT"
 _HOW = {COMPLETE: "complete", STOPPED: "stopped", INTERRUPTED: "interrupted"}
 
 
-def launched(events: Path, **fields: Any) -> int:
+def queued(events: Path, **fields: Any) -> int:
+    """Write that an attempt waits for machines.
+
+    Returns:
+        Its number, for `launched`.
+    """
+    return _first_word(events, "queued", fields)
+
+
+def launched(events: Path, attempt: int | None = None, **fields: Any) -> int:
     """Write that ranks are about to start.
+
+    Args:
+        events: The run's events.jsonl.
+        attempt: The number of an attempt that was queued; None: a new one.
+        fields: More to write.
 
     Returns:
         The number of the attempt, for the ranks and for `ended`.
     """
-    log = EventLog(events)
-    log.write("launched", pid=os.getpid(), **fields)
+    return _first_word(events, "launched", {"pid": os.getpid(), **fields}, attempt)
+
+
+def _first_word(
+    events: Path, event: str, fields: dict[str, Any], attempt: int | None = None
+) -> int:
+    log = EventLog(events, attempt)
+    log.write(event, **fields)
     log.close()
     return log.attempt
 

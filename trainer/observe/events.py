@@ -27,7 +27,7 @@ class EventLog:
 
     def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = Path(path)
-        self.attempt = attempt or 1 + _newest_attempt(path)
+        self.attempt = attempt or 1 + newest_attempt(path)
         self._warned = False
         self._file: int | None = None
         try:
@@ -80,7 +80,8 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def _newest_attempt(path: Path) -> int:
+def newest_attempt(path: Path) -> int:
+    """The number of the last launch that a file tells of; 0 without one."""
     numbers = (event.get("attempt") for event in read_events(path))
     return max((number for number in numbers if isinstance(number, int)), default=0)
 

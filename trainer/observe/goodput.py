@@ -196,6 +196,8 @@ class _Sweep:
         elif name in ("finished", "stopped"):
             self._rest_to("other")
             self.attempts[-1].end = "complete" if name == "finished" else "stopped"
+        elif name == "hang":
+            self._take("hang", _ticks(event.get("silent_s")))
         elif name == "ended":
             self._ended(event, passed)
         elif name == "saving":

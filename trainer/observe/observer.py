@@ -188,11 +188,11 @@ def open_observer(directory: RunDirectory, run: RunSettings, rank: int) -> Obser
     """The observer of a rank: complete on rank 0, silent elsewhere.
 
     Without a launcher that counts, opening it counts as an attempt. It never raises for a
-    terminal, a disk or Weights & Biases that does not work.
+    terminal, a disk or a tracker that does not work.
     """
     if rank != 0:
         return Observer()
     log = EventLog(directory.events, attempt_of_environment())
     terminal = Terminal(directory=str(directory))
     tracking = start_tracking(directory, run, log.attempt, terminal)
-    return Observer([EventSink(log), terminal, *([tracking] if tracking else [])])
+    return Observer([EventSink(log), terminal, *tracking])

@@ -33,6 +33,8 @@ class StepMetrics:
         context_wait_s: How long this rank's computation stood still for what they sent.
         imbalance: Attention of the busiest context rank over that of the mean one, in visible
             (query, key) pairs; None with one context rank.
+        peak_bytes: Most that tensors took of this rank's GPU in this stage so far, in bytes; None
+            on a CPU.
     """
 
     step: int
@@ -53,6 +55,7 @@ class StepMetrics:
     context_bytes: int = 0
     context_wait_s: float = 0.0
     imbalance: float | None = None
+    peak_bytes: int | None = None
 
 
 class Sink:

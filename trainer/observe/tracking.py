@@ -1,136 +1,98 @@
-"""Weights & Biases, at arm's length: another process talks to it, this one never waits."""
+"""Tracking: a run's metrics for Weights & Biases and TensorBoard, at arm's length.
+
+Other processes keep them; this one never waits.
+"""
 
 from __future__ import annotations
 
-import configparser
-import importlib.util
 import json
-import netrc
 import os
 import secrets
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from ...errors import RunError
-from ...redact import redact
+from ...errors import LongspanError
+from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.manifest import read_manifest
+from ..checkpoint.store import open_store
 from ..run_directory import RunDirectory, write_atomically
-from ..settings import RunSettings, TrackingSettings
+from ..settings import RunSettings
 from .sink import Sink, StepMetrics, numbers
+from .tracking_pipe import TrackingPipe
+from .wandb_account import resolve_mode
 
-Mode = Literal["off", "offline", "online"]
-
-# -P: a file of the user's folder must not stand in for a package of the same name.
-TRACKER = (sys.executable, "-P", "-m", "longspan.trainer.observe.tracking_process")
-_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-_MOST_PENDING_BYTES = 4 * 2**20
-_LAST_UPLOAD_S = 20.0
-
-
-def resolve_mode(tracking: TrackingSettings) -> Mode:
-    """Where metrics go, by the recipe and by what the user set up; imports nothing of wandb's."""
-    if tracking.wandb != "auto":
-        return tracking.wandb
-    files = _settings_files()
-    mode = os.environ.get("WANDB_MODE") or files.get("mode", "")
-    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
-    if disabled or mode == "disabled" or importlib.util.find_spec("wandb") is None:
-        return "off"
-    if mode in ("offline", "dryrun"):
-        return "offline"
-    return "online" if _has_credentials(files) else "off"
-
-
-def check_tracking(tracking: TrackingSettings) -> None:
-    """Find out before training that the recipe asks for tracking that cannot work.
-
-    Raises:
-        RunError: wandb is missing, or `online` without a key.
-    """
-    if tracking.wandb in ("online", "offline") and importlib.util.find_spec("wandb") is None:
-        raise RunError(
-            f"tracking.wandb is {tracking.wandb} and the package wandb is not installed",
-            "pip install wandb, or set tracking.wandb: off",
-        )
-    if tracking.wandb == "online" and not _has_credentials(_settings_files()):
-        raise RunError(
-            "tracking.wandb is online and no Weights & Biases key is configured",
-            "run `wandb login` or set WANDB_API_KEY, or set tracking.wandb: auto or offline",
-        )
+WANDB, TENSORBOARD = "Weights & Biases", "TensorBoard"
 
 
 def start_tracking(
     directory: RunDirectory, run: RunSettings, attempt: int, console: Sink
-) -> Tracking | None:
-    """Begin to track, or None when it is off or cannot be started (which is a warning).
+) -> list[Tracking]:
+    """Begin to track wherever the recipe says; what cannot be started is a warning.
 
     Args:
         directory: Holds the W&B run id, so that a resumed run continues.
-        run: The settings; they become the W&B config.
+        run: The settings; they become the run's config.
         attempt: Counts the launches of the run.
         console: Told about the run's address and about failures.
     """
-    mode = resolve_mode(run.tracking)
-    if mode == "off":
-        return None
-    try:
-        return Tracking(directory, run, mode, attempt, console)
-    except OSError as error:
-        console.warning(f"Weights & Biases is off: {error}")
-        return None
+    begins = {}
+    if (mode := resolve_mode(run.tracking)) != "off":
+        begins[WANDB] = {"back": "wandb", "mode": mode, "project": run.tracking.project}
+    if run.tracking.tensorboard:
+        begins[TENSORBOARD] = {"back": "tensorboard"}
+    started = []
+    for name, begin in begins.items():
+        try:
+            pipe = TrackingPipe(name, directory.logs / f"{begin['back']}.log", console)
+            if name == WANDB:
+                begin |= {"id": run_id(directory, run), "name": directory.path.name}
+        except OSError as error:
+            console.warning(f"{name} is off: {error}")
+            continue
+        config = run.model_dump(mode="json")
+        pipe.send("begin", {**begin, **_about(directory), "config": config, "attempt": attempt})
+        started.append(Tracking(pipe, attempt, identity(directory).get("wandb", "")))
+    return started
+
+
+def _about(directory: RunDirectory) -> dict[str, Any]:
+    size = 0
+    with suppress(OSError):
+        size = directory.events.stat().st_size
+    path, events = str(directory.path), str(directory.events)
+    return {"dir": path, "events": events, "events_size": size, "pid": os.getpid()}
 
 
 class Tracking(Sink):
-    """Hands metrics to the tracker process through a pipe that never blocks."""
+    """Sends rows with the step, the tokens and the number of the attempt.
 
-    def __init__(
-        self, directory: RunDirectory, run: RunSettings, mode: Mode, attempt: int, console: Sink
-    ) -> None:
-        self._console = console
-        self._log = directory.logs / "wandb.log"
-        self._pending = b""
-        self._tokens = 0
-        self._answer = b""
-        begin = {
-            "id": run_id(directory),
-            "project": run.tracking.project,
-            "name": directory.path.name,
-            "dir": str(directory.path),
-            "mode": mode,
-            "config": run.model_dump(mode="json"),
-            "attempt": attempt,
-            "pid": os.getpid(),
-        }
-        with self._log.open("ab") as log:
-            # A session of its own: what stops the run must not cut off the last metrics.
-            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                TRACKER,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                bufsize=0,
-                start_new_session=True,
-            )
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            os.set_blocking(pipe.fileno(), False)
-        self._send("begin", begin)
+    Args:
+        pipe: To the process that keeps them.
+        attempt: The launch that they belong to.
+        run_id: Part of the names of artifacts.
+    """
+
+    def __init__(self, pipe: TrackingPipe, attempt: int, run_id: str = "") -> None:
+        self._pipe, self._attempt, self._id = pipe, attempt, run_id
+        self._stage, self._tokens = "", 0
+
+    def stage_started(self, name: str, index: int, info: Mapping[str, Any]) -> None:
+        """Rows carry the stage's name."""
+        self._stage = name
 
     def step(self, metrics: StepMetrics) -> None:
-        """Log under `train/`, with the axes `step` and `tokens`."""
-        self._tokens = metrics.tokens
+        """Log under `train/`, and the loss once more by tokens."""
+        self._tokens, self._stage = metrics.tokens, metrics.stage
         fields = ["loss", "grad_norm", "lr", "tokens_per_s", "step_s", "data_s", "tflops_per_s"]
         fields += ["mfu"] if metrics.mfu is not None else []
         fields += ["context_bytes", "context_wait_s"] if metrics.context_bytes else []
         fields += ["imbalance"] if metrics.imbalance is not None else []
+        fields += ["peak_bytes"] if metrics.peak_bytes is not None else []
         values = {field: getattr(metrics, field) for field in fields} | dict(metrics.losses)
         values = {f"train/{field}": value for field, value in values.items()}
-        self._send("log", {"step": metrics.step, "tokens": metrics.tokens, **values})
+        self._log(metrics.step, {**values, "by_tokens/loss": metrics.loss})
 
     def observed(self, step: int, layers: Sequence[Mapping[str, float]]) -> None:
         """Log under `attention/layer_<number>/`."""
@@ -139,127 +101,120 @@ class Tracking(Sink):
             for number, values in enumerate(layers)
             for key, value in values.items()
         }
-        self._send("log", {"step": step, "tokens": self._tokens, **named})
+        self._log(step, named)
+
+    def compared(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log under `canary/`."""
+        self._log(step, _named("canary", values))
 
     def alarm(self, name: str, step: int, text: str) -> None:
         """Keep the alarm with the run."""
-        self._send("summary", {f"alarm/{name}": f"step {step}: {text}"})
+        self._pipe.send("summary", {f"alarm/{name}": f"step {step}: {text}"})
+
+    def skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """Log under `skipped/`."""
+        self._log(step, {"skipped/loss": loss, "skipped/grad_norm": grad_norm})
+
+    def rewound(self, step: int, to: int, sequences: int, reason: str) -> None:
+        """Steps after `to` come once more."""
+        self._log(step, {"rewound/to": to, "rewound/sequences": sequences})
+        self._pipe.send("back_to", {"step": to})
 
     def evaluated(self, name: str, step: int, values: Mapping[str, Any], seconds: float) -> None:
-        """Log the plain numbers under the evaluation's name."""
-        named = {f"{name}/{key}": value for key, value in numbers(values).items()}
-        self._send("log", {"step": step, "tokens": self._tokens, **named})
+        """Log the numbers under the evaluation's name, lists of blocks as tables."""
+        found = {**numbers(values), "seconds": seconds}
+        by_tokens = {f"by_tokens/{name}_loss": found["loss"]} if "loss" in found else {}
+        self._log(step, _named(name, found) | by_tokens)
+        for key, rows in values.items():
+            if isinstance(rows, Sequence) and rows and isinstance(rows[0], Mapping):
+                self._table(f"{name}/{key}", step, rows)
+
+    def saving(self, step: int, stall_s: float) -> None:
+        """Log under `checkpoint/`."""
+        self._log(step, {"checkpoint/stall_s": stall_s})
+
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        """Refer to the checkpoint where it is."""
+        self._log(step, {"checkpoint/save_s": seconds})
+        about = {"step": step, "stage": self._stage, "attempt": self._attempt, "path": str(path)}
+        self._artifact("checkpoint", str(path), [f"step-{step}"], about)
+
+    def restored(self, step: int, path: Path, seconds: float) -> None:
+        """Steps after `step`, if there were any, come once more."""
+        self._pipe.send("back_to", {"step": step})
+        self._log(step, {"checkpoint/restore_s": seconds})
+
+    def exported(self, path: Path, checkpoint: str) -> None:
+        """Refer to a model that was exported, and end."""
+        about = {"checkpoint": checkpoint, "path": str(path)}
+        self._artifact("export", str(path), [checkpoint], about)
+        self._pipe.finish(0)
 
     def finished(self, summary: Mapping[str, Any]) -> None:
-        """Keep the summary with the run and mark it finished."""
-        self._send("summary", dict(summary))
-        self._finish(0)
+        """Keep the summary and its tables with the run, and mark it finished."""
+        self._pipe.send("summary", dict(summary))
+        if stages := summary.get("stages"):
+            self._table("evaluation/stages", summary.get("steps", 0), stages)
+        self._pipe.finish(0)
 
     def stopped(self, step: int, reason: str) -> None:
         """Mark the run as not finished; a resumed run goes on with it."""
-        self._finish(1)
+        self._pipe.finish(1)
 
     def close(self) -> None:
         """Let the tracker end; without `finished` the run is marked as failed."""
-        self._finish(1)
+        self._pipe.finish(1)
 
-    def _send(self, kind: str, values: Mapping[str, Any]) -> None:
-        if self._process is None:
-            return
-        message = {"kind": kind, "values": redact(values)}
-        self._pending += json.dumps(message, default=str).encode() + b"\n"
-        self._flush()
+    def _at(self, step: int) -> dict[str, Any]:
+        at: dict[str, Any] = {"step": step, "attempt": self._attempt}
+        at |= {"tokens": self._tokens} if self._tokens else {}
+        return at | ({"stage": self._stage} if self._stage else {})
 
-    def _flush(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        assert process.stdin is not None
-        self._listen(process)
-        try:
-            while self._process and self._pending and (sent := process.stdin.write(self._pending)):
-                self._pending = self._pending[sent:]
-        except OSError:
-            self._listen(process)
-            self._give_up(f"its process ended; see {self._log}")
-        if len(self._pending) > _MOST_PENDING_BYTES:
-            self._give_up(f"its process does not keep up; see {self._log}")
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._pipe.send("log", {**self._at(step), **values})
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass on what the tracker has to say, if anything."""
-        assert process.stdout is not None
-        with suppress(OSError):
-            self._answer += process.stdout.read() or b""
-        while b"\n" in self._answer:
-            line, self._answer = self._answer.split(b"\n", 1)
-            kind, text = line.decode("utf-8", "replace").split(" ", 1)
-            if kind == "failed":
-                self._give_up(text)
-            else:
-                self._console.message(f"Weights & Biases: {text}")
+    def _table(self, name: str, step: int, blocks: Sequence[Mapping[str, Any]]) -> None:
+        """Blocks as rows, of what is no block itself."""
+        columns = [
+            key for key, value in blocks[0].items() if not isinstance(value, Mapping | list | tuple)
+        ]
+        rows = [[block.get(column) for column in columns] for block in blocks]
+        about = {"name": name, "columns": columns, "rows": rows, "at": self._at(step)}
+        self._pipe.send("table", about)
 
-    def _give_up(self, reason: str) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            assert process.stdin is not None
-            with suppress(OSError):
-                process.stdin.close()
-            self._console.warning(f"Weights & Biases is off, training goes on: {reason}")
-
-    def _finish(self, code: int) -> None:
-        self._send("finish", {"code": code})
-        deadline = time.monotonic() + _LAST_UPLOAD_S
-        while self._pending and self._process and time.monotonic() < deadline:
-            time.sleep(0.05)
-            self._flush()
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        with suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-            self._listen(process)
-        except subprocess.TimeoutExpired:
-            self._console.message("Weights & Biases: the rest is uploaded in the background")
+    def _artifact(self, kind: str, path: str, aliases: list[str], about: dict[str, Any]) -> None:
+        name = f"{kind}-{self._id}" if self._id else kind
+        values = {"name": name, "type": kind, "path": path, "metadata": about}
+        self._pipe.send("artifact", {**values, "aliases": ["latest", *aliases]})
 
 
-def run_id(directory: RunDirectory) -> str:
-    """The W&B id of the run: made once, then read, so that every attempt continues it."""
-    path = directory.path / "wandb.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(path.read_text("utf-8"))["id"])
-    made = secrets.token_hex(4)
-    write_atomically(path, json.dumps({"id": made}) + "\n")
+def run_id(directory: RunDirectory, run: RunSettings) -> str:
+    """The W&B id of the run: made once, then read, so that every attempt continues it.
+
+    It is in the run's folder and, should that be lost, in its checkpoints.
+    """
+    found = identity(directory).get("wandb") or _id_of_checkpoint(directory, run)
+    made = found or secrets.token_hex(4)
+    write_atomically(directory.path / "wandb.json", json.dumps({"id": made}) + "\n")
     return made
 
 
-def _settings_files() -> dict[str, str]:
-    """What `wandb login`, `wandb offline` and the like wrote; the folder's file wins."""
-    home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    here = Path(os.environ.get("WANDB_DIR") or ".")
-    parser = configparser.ConfigParser(interpolation=None, default_section="default")
-    with suppress(configparser.Error, OSError, UnicodeDecodeError):
-        parser.read([home / "settings", here / "wandb" / "settings"], "utf-8")
-    return dict(parser.defaults())
+def identity(directory: RunDirectory) -> dict[str, str]:
+    """What a checkpoint keeps of the run's tracking; empty when nothing has tracked it."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        text = (directory.path / "wandb.json").read_text("utf-8")
+        return {"wandb": str(json.loads(text)["id"])}
+    return {}
 
 
-def _has_credentials(files: Mapping[str, str]) -> bool:
-    """Whether wandb would find a key: in the environment, the netrc file or its settings."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    base = os.environ.get("WANDB_BASE_URL") or files.get("base_url")
-    hosts = [urlsplit(base).netloc] if base else _HOSTS
-    return bool(files.get("api_key")) or any(host in _netrc_hosts() for host in hosts)
+def _id_of_checkpoint(directory: RunDirectory, run: RunSettings) -> str | None:
+    with suppress(LongspanError, AttributeError, TypeError):
+        store = open_store(run.checkpoint.where, directory.path)
+        for name in store.committed()[-1:]:
+            info = read_manifest(CheckpointFiles(store, name)).info
+            return info.get("tracking", {}).get("wandb")
+    return None
 
 
-def _netrc_hosts() -> frozenset[str]:
-    choices = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    for path in (Path(choice).expanduser() for choice in choices if choice):
-        if path.exists():
-            try:
-                return frozenset(netrc.netrc(path).hosts)
-            except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
-                return frozenset()
-    return frozenset()
+def _named(group: str, values: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{group}/{key}": value for key, value in numbers(values).items()}

@@ -28,7 +28,7 @@ def kills(tmp_path_factory):
 
 def test_a_run_that_is_killed_at_a_file_operation_ends_bit_equal(kills):
     failed = []
-    for case in sample("kills", kills.cases(), 5):
+    for case in sample("kills", kills.cases(), 3):
         try:
             kills.assert_survives(case)
         except (AssertionError, TimeoutError) as error:

@@ -60,25 +60,28 @@ def test_context_ranks_go_on_under_any_layout(worlds, tmp_path, mechanism):
     assert_goes_on(worlds, tmp_path, "cp2", LAYOUTS, **model)
 
 
-@pytest.mark.parametrize("saved", ["one_rank", "dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("saved", sample("to context", ["one_rank", "dp2", "tp2", "pp2"], 2))
 def test_any_layout_goes_on_under_context_ranks(worlds, tmp_path, saved):
     untied = {"model__tied_embeddings": False, "model__qkv_bias": True}
     assert_goes_on(worlds, tmp_path, saved, [saved, "cp2"], **untied)
 
 
 def test_experts_go_on_under_any_layout(worlds, tmp_path):
-    assert_goes_on(worlds, tmp_path, "ep2", MOE_LAYOUTS, MOE_LAYOUTS, model__moe=MOE)
+    others = [name for name in MOE_LAYOUTS if name != "ep2"]
+    loaded = ["ep2", *sample("experts under any layout", others, 3)]
+    assert_goes_on(worlds, tmp_path, "ep2", loaded, MOE_LAYOUTS, model__moe=MOE)
 
 
-@pytest.mark.parametrize("saved", ["one_rank", "dp2", "pp2", "tp2_sp_ep2"])
+@pytest.mark.parametrize("saved", sample("to experts", ["one_rank", "dp2", "pp2", "tp2_sp_ep2"], 2))
 def test_any_layout_goes_on_with_experts_apart(worlds, tmp_path, saved):
     loaded = [saved, "ep2", "cp2_ep2"]
     assert_goes_on(worlds, tmp_path, saved, loaded, MOE_LAYOUTS, model__moe=MOE)
 
 
 def test_four_ranks_split_two_ways_go_on_as_two_and_back(worlds, tmp_path):
-    assert_goes_on(worlds, tmp_path, "cp2_tp2", ["cp2_tp2", "tp2_pp2", "cp2"], LARGE_LAYOUTS)
-    assert_goes_on(worlds, tmp_path, "cp2", ["cp2_tp2", "tp2_pp2"], LARGE_LAYOUTS)
+    ways = {"cp2_tp2": ["cp2_tp2", "tp2_pp2", "cp2"], "cp2": ["cp2_tp2", "tp2_pp2"]}
+    for saved, loaded in sample("four ranks", ways.items(), 1):
+        assert_goes_on(worlds, tmp_path, saved, loaded, LARGE_LAYOUTS)
 
 
 def test_main_weights_are_more_than_what_bf16_shows(worlds, tmp_path):

@@ -6,7 +6,8 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from longspan.trainer.observe.events import EventLog
+from longspan.trainer.observe.attempts import launched, queued
+from longspan.trainer.observe.events import EventLog, read_events
 from longspan.trainer.observe.goodput import BUCKETS, goodput_so_far, measure_goodput
 
 
@@ -122,6 +123,23 @@ def test_waiting_for_machines_is_the_queue_and_the_rest_is_down():
     assert story.buckets() == {"start_up": 9.0, "productive": 3.0, "down": 10.0, "queue": 100.0}
 
 
+def test_a_hang_is_as_long_as_it_was_silent():
+    story = started().steps(1, 2).then(300.0, "hang", silent_s=299.0).then(4.0, "ended", code=1)
+    assert story.buckets() == {
+        "start_up": 5.0, "productive": 2.0, "hang": 302.0, "recomputed": 2.0
+    }  # fmt: skip
+
+
+def test_a_queued_attempt_keeps_its_number(tmp_path):
+    events = tmp_path / "events.jsonl"
+    assert launched(events) == 1
+    assert queued(events) == 2 and launched(events, 2, ranks=4) == 2
+    assert launched(events) == 3
+    assert [event["event"] for event in read_events(events)] == [
+        "launched", "queued", "launched", "launched"
+    ]  # fmt: skip
+
+
 def test_steps_that_are_reported_late_lose_nothing():
     story = started()
     # As the loop does it: a step is told of while the next one runs, the last two at once.
@@ -181,6 +199,9 @@ NAMES += [
     "saving",
     "saved",
     "alarm",
+    "hang",
+    "straggler",
+    "excluded",
     "finished",
     "stopped",
     "ended",

@@ -1,20 +1,20 @@
 """Weights & Biases is found as wandb finds it, continues a run, and can fail without harm."""
 
 import json
-import os
 import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from longspan.errors import RunError
-from longspan.trainer.observe import tracking
+from longspan.trainer.observe import tracking, tracking_pipe, wandb_account
 from longspan.trainer.observe.observer import open_observer
-from longspan.trainer.observe.sink import Sink, StepMetrics
 from longspan.trainer.run_directory import create_or_open
 from longspan.trainer.settings import RunSettings, TrackingSettings
 from support.short_run import short_run
+from support.tracked import Console, metrics, without_set_up
 
 AUTO = TrackingSettings()
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -24,42 +24,10 @@ def settings(mode="offline") -> RunSettings:
     return short_run(tracking={"wandb": mode, "project": "tiny"})
 
 
-def metrics(step) -> StepMetrics:
-    return StepMetrics(
-        step=step,
-        steps=9,
-        stage="short",
-        stage_step=step,
-        stage_steps=9,
-        tokens=1024 * step,
-        loss=4.5,
-        grad_norm=0.5,
-        lr=1e-3,
-        tokens_per_s=100.0,
-        step_s=10.24,
-    )
-
-
-class Console(Sink):
-    def __init__(self):
-        self.said, self.warned = [], []
-
-    def message(self, text):
-        self.said.append(text)
-
-    def warning(self, text):
-        self.warned.append(text)
-
-
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """A home and a folder without any wandb set-up, whatever this machine has."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.chdir(tmp_path)
+    without_set_up(tmp_path, monkeypatch)
     return tmp_path
 
 
@@ -70,7 +38,7 @@ def directory(tmp_path):
 
 def test_auto_is_off_without_any_set_up(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert tracking.resolve_mode(AUTO) == "off"
+    assert wandb_account.resolve_mode(AUTO) == "off"
     assert "wandb" not in sys.modules
 
 
@@ -89,63 +57,113 @@ def test_auto_is_off_without_any_set_up(monkeypatch):
 def test_auto_follows_the_environment(monkeypatch, variables, mode):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert tracking.resolve_mode(AUTO) == mode
+    assert wandb_account.resolve_mode(AUTO) == mode
 
 
 def test_auto_finds_a_login_in_netrc_for_the_right_host(home, monkeypatch):
     (home / ".netrc").write_text(f"machine example.org login user password {KEY}\n")
-    assert tracking.resolve_mode(AUTO) == "off"
+    assert wandb_account.resolve_mode(AUTO) == "off"
     (home / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert tracking.resolve_mode(AUTO) == "online"
+    assert wandb_account.resolve_mode(AUTO) == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert tracking.resolve_mode(AUTO) == "off"
+    assert wandb_account.resolve_mode(AUTO) == "off"
 
 
 def test_auto_reads_the_settings_files_of_wandb(home):
     (home / ".config" / "wandb").mkdir(parents=True)
     (home / ".config" / "wandb" / "settings").write_text(f"[default]\napi_key = {KEY}\n")
-    assert tracking.resolve_mode(AUTO) == "online"
+    assert wandb_account.resolve_mode(AUTO) == "online"
     (home / "wandb").mkdir()
     (home / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    assert tracking.resolve_mode(AUTO) == "offline"
+    assert wandb_account.resolve_mode(AUTO) == "offline"
 
 
 def test_online_without_a_key_is_an_error_before_training(monkeypatch):
     with pytest.raises(RunError, match="no Weights & Biases key") as caught:
-        tracking.check_tracking(TrackingSettings(wandb="online"))
+        wandb_account.check_tracking(TrackingSettings(wandb="online"))
     assert "wandb login" in caught.value.fix
-    tracking.check_tracking(TrackingSettings(wandb="offline"))
-    tracking.check_tracking(AUTO)
+    wandb_account.check_tracking(TrackingSettings(wandb="offline"))
+    wandb_account.check_tracking(AUTO)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    tracking.check_tracking(TrackingSettings(wandb="online"))
+    wandb_account.check_tracking(TrackingSettings(wandb="online"))
 
 
-def test_a_resumed_offline_run_has_the_same_id(directory, monkeypatch):
+def test_the_process_that_trains_does_not_import_wandb(directory, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for attempt in (1, 2):
-        observer = open_observer(directory, settings("auto"), rank=0)
-        for step in range(1, 4):
-            observer.step(metrics(step))
-        observer.evaluated("held_out", 3, {"loss": 4.0, "buckets": []}, 0.5)
-        observer.finished({"tokens": 3072}) if attempt == 2 else observer.stopped(3, "asked")
-        observer.close()
-        # wandb names its folders by the second.
-        time.sleep(1.1)
+    observer = open_observer(directory, settings("auto"), rank=0)
+    for step in range(1, 4):
+        observer.step(metrics(step))
+    observer.stopped(3, "asked")
+    observer.close()
     identity = json.loads((directory.path / "wandb.json").read_text())["id"]
-    runs = sorted((directory.path / "wandb").glob("offline-run-*"))
-    assert len(runs) == 2 and all(run.name.endswith(f"-{identity}") for run in runs)
-    for run in runs:
-        log = next(run.glob("*.wandb")).read_bytes()
-        for key in (b"train/loss", b"held_out/loss", b"tokens", b"batch_tokens"):
-            assert key in log
-    assert "wandb" not in sys.modules
+    (log,) = (directory.path / "wandb").glob(f"offline-run-*-{identity}/*.wandb")
+    assert b"train/loss" in log.read_bytes() and "wandb" not in sys.modules
+
+
+class Sent:
+    """In place of a pipe: keeps the messages."""
+
+    def __init__(self):
+        self.messages = []
+
+    def send(self, kind, values):
+        self.messages.append((kind, dict(values)))
+
+    def finish(self, code):
+        self.messages.append(("finish", code))
+
+
+def test_all_news_are_rows_with_step_tokens_stage_and_attempt():
+    sent = Sent()
+    tracker = tracking.Tracking(sent, attempt=3, run_id="abc")
+    tracker.compared(0, {"loss": 4.0, "words": "no number"})
+    tracker.stage_started("short", 0, {})
+    tracker.restored(1, Path("step-1"), 0.5)
+    tracker.step(metrics(2))
+    tracker.observed(2, [{"entropy": 1.0}, {"entropy": 2.0}])
+    tracker.skipped(3, 9.0, 8.0, "spike")
+    tracker.rewound(4, 2, 8, "spike")
+    tracker.saving(4, 0.25)
+    tracker.close()
+    rows = [values for kind, values in sent.messages if kind == "log"]
+    assert all(row["attempt"] == 3 for row in rows)
+    assert rows[0] == {"step": 0, "attempt": 3, "canary/loss": 4.0}
+    where = {"attempt": 3, "tokens": 2048, "stage": "short"}
+    assert rows[2]["train/loss"] == rows[2]["by_tokens/loss"] == 4.5
+    assert rows[3:] == [
+        {"step": 2, **where, "attention/layer_0/entropy": 1.0, "attention/layer_1/entropy": 2.0},
+        {"step": 3, **where, "skipped/loss": 9.0, "skipped/grad_norm": 8.0},
+        {"step": 4, **where, "rewound/to": 2, "rewound/sequences": 8},
+        {"step": 4, **where, "checkpoint/stall_s": 0.25},
+    ]
+    back = [values for kind, values in sent.messages if kind == "back_to"]
+    assert back == [{"step": 1}, {"step": 2}] and sent.messages[-1] == ("finish", 1)
+
+
+def test_an_evaluation_is_a_row_and_its_lists_are_tables():
+    sent = Sent()
+    tracker = tracking.Tracking(sent, attempt=1)
+    buckets = [{"first": 0, "last": 8, "loss": 4.0}, {"first": 8, "last": 16, "loss": 3.5}]
+    tracker.evaluated("context", 5, {"gain": 0.5, "buckets": buckets}, 2.0)
+    tracker.evaluated("held_out", 5, {"loss": 4.0}, 1.0)
+    tracker.finished({"steps": 5, "stages": [{"name": "a", "loss": 4.0, "context": {}}]})
+    at = {"step": 5, "attempt": 1}
+    assert sent.messages[:3] == [
+        ("log", {**at, "context/gain": 0.5, "context/seconds": 2.0}),
+        ("table", {"name": "context/buckets", "columns": ["first", "last", "loss"],
+                   "rows": [[0, 8, 4.0], [8, 16, 3.5]], "at": at}),
+        ("log", {**at, "held_out/loss": 4.0, "held_out/seconds": 1.0,
+                 "by_tokens/held_out_loss": 4.0}),
+    ]  # fmt: skip
+    (table,) = [values for kind, values in sent.messages[3:] if kind == "table"]
+    assert table["columns"] == ["name", "loss"] and table["rows"] == [["a", 4.0]]
 
 
 def test_context_ranks_and_alarms_are_tracked(directory, monkeypatch, tmp_path):
     script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
-    tracker = tracking.start_tracking(directory, settings(), 1, Console())
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, Console())
     tracker.step(metrics(1))
     of_context = {"context_bytes": 7, "context_wait_s": 0.0, "imbalance": 1.25}
     tracker.step(replace(metrics(2), **of_context))
@@ -161,11 +179,11 @@ def test_context_ranks_and_alarms_are_tracked(directory, monkeypatch, tmp_path):
 
 def test_no_credential_is_tracked_and_the_goodput_is(directory, monkeypatch, tmp_path):
     script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
     run = settings()
     project = TrackingSettings(wandb="offline", project="https://me:password-of-mine@host")
     run = run.model_copy(update={"tracking": project})
-    tracker = tracking.start_tracking(directory, run, 1, Console())
+    (tracker,) = tracking.start_tracking(directory, run, 1, Console())
     tracker.alarm("save", 2, "refused: api_key='password-of-mine'")
     tracker.finished({"goodput": {"share": 0.5, "seconds": {"productive": 2.0}}})
     sent = (tmp_path / "sent").read_text()
@@ -178,9 +196,9 @@ def test_no_credential_is_tracked_and_the_goodput_is(directory, monkeypatch, tmp
 
 def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, monkeypatch):
     script = "print('failed no route to host', flush=True)"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
     deadline = time.monotonic() + 20
     while not console.warned and time.monotonic() < deadline:
         tracker.step(metrics(1))
@@ -193,22 +211,24 @@ def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, mon
 
 def test_a_tracker_that_is_killed_does_no_harm(directory, monkeypatch):
     script = "import os; os.kill(os.getpid(), 9)"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
-    tracker._process.wait()
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
+    tracker._pipe._process.wait()
     tracker.step(metrics(1))
     tracker.finished({})
     assert len(console.warned) == 1 and "wandb.log" in console.warned[0]
 
 
 def test_a_tracker_that_hangs_never_blocks_a_step(directory, monkeypatch):
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", "import time; time.sleep(99)"))
-    monkeypatch.setattr(tracking, "_MOST_PENDING_BYTES", 10_000)
-    monkeypatch.setattr(tracking, "_LAST_UPLOAD_S", 0.1)
+    monkeypatch.setattr(
+        tracking_pipe, "TRACKER", (sys.executable, "-c", "import time; time.sleep(99)")
+    )
+    monkeypatch.setattr(tracking_pipe, "MOST_PENDING_BYTES", 10_000)
+    monkeypatch.setattr(tracking_pipe, "LAST_UPLOAD_S", 0.1)
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
-    process = tracker._process
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
+    process = tracker._pipe._process
     for step in range(2000):
         tracker.step(metrics(step))
     tracker.close()
@@ -218,18 +238,18 @@ def test_a_tracker_that_hangs_never_blocks_a_step(directory, monkeypatch):
 
 def test_an_upload_that_takes_long_does_not_hold_the_run_back(directory, monkeypatch):
     script = "import sys, time; sys.stdin.read(); time.sleep(99)"
-    monkeypatch.setattr(tracking, "TRACKER", (sys.executable, "-c", script))
-    monkeypatch.setattr(tracking, "_LAST_UPLOAD_S", 0.1)
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setattr(tracking_pipe, "LAST_UPLOAD_S", 0.1)
     console = Console()
-    tracker = tracking.start_tracking(directory, settings(), 1, console)
-    process = tracker._process
+    (tracker,) = tracking.start_tracking(directory, settings(), 1, console)
+    process = tracker._pipe._process
     tracker.finished({})
     process.kill()
     assert console.warned == [] and "in the background" in console.said[-1]
 
 
 def test_a_tracker_that_cannot_start_is_a_warning(directory, monkeypatch):
-    monkeypatch.setattr(tracking, "TRACKER", ("/nowhere/python",))
+    monkeypatch.setattr(tracking_pipe, "TRACKER", ("/nowhere/python",))
     console = Console()
-    assert tracking.start_tracking(directory, settings(), 1, console) is None
+    assert tracking.start_tracking(directory, settings(), 1, console) == []
     assert len(console.warned) == 1

@@ -1,0 +1,359 @@
+"""Driver: the Ray job that leads a run on a cluster to its end (`-m longspan.cluster.driver`).
+
+It owns the run's folder, decides who works, and begins again where that can help. Ray Train does
+the rest: it places, starts, watches and ends the ranks of an attempt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import CheckpointError, LongspanError, RunError
+from ..trainer.checkpoint.choice import newest_step, refuse_complete, set_aside_newer
+from ..trainer.checkpoint.store import Store, open_store
+from ..trainer.exactness import Level, described
+from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED, USER_ERROR, clear_failures
+from ..trainer.observe.attempts import ended, launched, queued
+from ..trainer.observe.events import EventLog, newest_attempt
+from ..trainer.observe.summary import render_complete
+from ..trainer.observe.tracking import check_tracking
+from ..trainer.run_directory import RunDirectory, create_or_open
+from ..trainer.settings import RunSettings
+from .budgets import Budgets
+from .causes import Verdict
+from .crews import Crews
+from .gang import ENVIRONMENT, Crew, Gang
+from .nodes import Node
+from .preflight.preflight import preflight
+from .rank import RANKS_LOCK, WORKER, Task
+from .recovery import recovery_line
+from .voice import Voice
+from .watch import Watch
+
+_SHOWN_LINES = 12
+_RANKS_END_S = 60.0
+_POLL_S = 0.1
+_ANSWER_S = 120.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the driver is asked for.
+
+    Attributes:
+        run_id: Of the run, for the user.
+        run_dir: Its folder, on storage that all nodes share.
+        name: The recipe's name.
+        exactness: The level that this launch may fall to; None: as the run says.
+        from_step: Of the checkpoint to go on from; None: the newest.
+        secrets: Files on the nodes, by the name of the variable that gets their content.
+        interface: Of the network between the nodes.
+        wait: Seconds to wait for nodes.
+        interval: Seconds between two reports of a node.
+        floor: Seconds that anything may take before it is a hang.
+        first: Seconds that something may take of which nothing is known yet.
+        command: Of one rank, without its argument.
+        preflight: Whether nodes are looked at before they are used.
+    """
+
+    run_id: str
+    run_dir: Path
+    name: str
+    exactness: Level | None = None
+    from_step: int | None = None
+    secrets: tuple[tuple[str, str], ...] = ()
+    interface: str | None = None
+    wait: float = 300.0
+    interval: float = 2.0
+    floor: float = 300.0
+    first: float = 3600.0
+    command: tuple[str, ...] = WORKER
+    preflight: bool = True
+
+
+class Driver:
+    """Leads a run to its end; Ray is connected.
+
+    Args:
+        run: The resolved settings; already checked.
+        options: What is asked for.
+        voice: What the user hears.
+    """
+
+    def __init__(self, run: RunSettings, options: Options, voice: Voice) -> None:
+        self._run, self._options, self._voice = run, options, voice
+        self._signals = 0
+        self._budgets = Budgets(run.recovery)
+
+    def lead(self) -> int:
+        """Train, or go on, until the run ends.
+
+        Returns:
+            0 complete, 75 stopped and resumable, 2 user error, 1 crash, 130 stopped at once.
+
+        Raises:
+            LongspanError: Nothing could be started.
+        """
+        options, run = self._options, self._run
+        check_tracking(run.tracking)
+        directory = create_or_open(options.run_dir, run, options.name)
+        if (summary := directory.read_summary()) is not None:
+            refuse_complete(directory, options.from_step)
+            self._voice.say(render_complete(str(directory), summary))
+            return COMPLETE
+        with directory.lock():
+            self._voice.hush(directory.logs)
+            _wait_for_ranks(directory)
+            store = open_store(run.checkpoint.where, directory.path)
+            store.claim()
+            if options.from_step is not None:
+                set_aside_newer(directory, run, store, options.from_step)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, self._count_signal)
+            verdict = self._attempts(directory, store)
+            self._report(directory, store, verdict)
+        return verdict.code
+
+    def _attempts(self, directory: RunDirectory, store: Store) -> Verdict:
+        """One gang after the other until no other can help."""
+        look = (lambda nodes: self._look_at(directory, nodes)) if self._options.preflight else None
+        crews = Crews(self._run, directory, self._voice, self._options.exactness, look)
+        watch = None
+        while True:
+            attempt = queued(directory.events)
+            try:
+                crew = crews.next(self._options.wait, lambda: self._signals > 0)
+            except LongspanError as error:
+                ended(directory.events, attempt, error.exit_code)
+                raise
+            if crew is None:
+                ended(directory.events, attempt, STOPPED)
+                return Verdict("stopped", STOPPED)
+            watch = self._begin(watch, attempt, crew)
+            self._announce(directory, store, attempt, crew)
+            clear_failures(directory.path)
+            launched(directory.events, attempt, ranks=len(crew.places), nodes=list(crew.nodes))
+            task = self._task(directory, attempt, watch)
+            verdict = Gang(directory, task, crew, self._voice, lambda: self._signals).run()
+            ended(directory.events, attempt, verdict.code, verdict.failure)
+            if verdict.cause not in ("infrastructure", "preemption"):
+                return verdict
+            crews.learn(verdict)
+            words = "" if verdict.failure is None else verdict.failure.message
+            if self._signals:
+                return Verdict("stopped", STOPPED, verdict.failure)
+            if not self._budgets.spend(verdict.cause):
+                self._voice.complain(f"no new start is left (recovery.retries.{verdict.cause})")
+                return verdict
+            self._voice.say(f"{words}: {self._budgets.words(verdict.cause)}")
+            _wait_for_ranks(directory)
+
+    def _look_at(self, directory: RunDirectory, nodes: Sequence[Node]) -> dict[str, str]:
+        """What is wrong with nodes, by id."""
+        log = EventLog(directory.events, newest_attempt(directory.events))
+        interface = self._options.interface
+        report = preflight(nodes, self._run, directory.path, interface=interface, log=log)
+        log.close()
+        for problem in report.problems:
+            self._voice.say(f"{problem.level}: {problem.node}: {problem}")
+        return {n.id: str(found[0]) for n in nodes if (found := report.failures(n))}
+
+    def _announce(self, directory: RunDirectory, store: Store, attempt: int, crew: Crew) -> None:
+        ranks, nodes, wanted = len(crew.places), len(crew.nodes), self._run.ranks
+        if wanted is not None and ranks < wanted:
+            self._voice.say(f"{ranks} of {wanted} ranks have to do: exactness {described('E1')}")
+        step = newest_step(store)
+        where = f"from the checkpoint at step {step}" if step is not None else "from the beginning"
+        self._voice.say(
+            f"{directory}: attempt {attempt} with {ranks} rank{'s' * (ranks > 1)} on "
+            f"{nodes} node{'s' * (nodes > 1)}, {where}"
+        )
+
+    def _task(self, directory: RunDirectory, attempt: int, watch: Any) -> Task:
+        options = self._options
+        return Task(
+            run_dir=str(directory.path),
+            attempt=attempt,
+            watch=watch,
+            interval=options.interval,
+            floor=options.floor,
+            first=options.first,
+            grace=self._run.recovery.grace,
+            secrets=dict(options.secrets),
+            interface=options.interface,
+            exactness=options.exactness,
+            command=options.command,
+        )
+
+    def _begin(self, watch: Any, attempt: int, crew: Crew) -> Any:
+        """The actor that knows all ranks, told of a new attempt; another one if it is gone."""
+        import ray
+        from ray.exceptions import RayError
+
+        for known in (watch, None):
+            try:
+                actor = known or self._new_watch()
+                begin = actor.begin.remote(attempt, len(crew.places), crew.unit)
+                ray.get(begin, timeout=_ANSWER_S)
+                return actor
+            except RayError as error:
+                reason = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"the driver's node starts no actor: {reason}",
+            "look at its memory and at the logs of Ray there, then resume",
+        )
+
+    def _new_watch(self) -> Any:
+        """On the driver's own node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+        actor = ray.remote(Watch).options(
+            num_cpus=0, max_concurrency=100_000, scheduling_strategy=strategy
+        )
+        return actor.remote(self._options.interval)
+
+    def _report(self, directory: RunDirectory, store: Store, verdict: Verdict) -> None:
+        """Say why the run ended here, once, and how to go on."""
+        complain, failure = self._voice.complain, verdict.failure
+        if (line := recovery_line(directory.events)) is not None:
+            self._voice.say(line)
+        if verdict.code == COMPLETE:
+            return
+        if verdict.code in (CRASHED, USER_ERROR) and failure is not None:
+            complain(f"\nerror: {failure.message}")
+            if failure.kind == "internal" and failure.traceback:
+                lines = failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
+                complain("\n".join(f"  {line}" for line in lines))
+            complain(f"  logs: {directory}/logs")
+        try:
+            step = newest_step(store)
+        except CheckpointError:  # why the ranks ended decides the exit code, not this
+            step = None
+        saved = "no checkpoint was written" if step is None else f"saved at step {step}"
+        complain(f"{saved}; go on with:\n  longspan resume {self._options.run_id}")
+
+    def _count_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+
+
+def _wait_for_ranks(directory: RunDirectory) -> None:
+    """Wait until no rank of an earlier gang writes into the run any more.
+
+    Raises:
+        RunError: One does not end.
+    """
+    deadline = time.monotonic() + _RANKS_END_S
+    with (directory.path / RANKS_LOCK).open("ab") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                pass
+            except OSError:  # a file system without locks
+                return
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"ranks of an earlier attempt still work in {directory}",
+                    "end `longspan.trainer.worker` on the nodes that were lost, then resume",
+                )
+            time.sleep(_POLL_S)
+
+
+def connect() -> None:
+    """Join the cluster of the environment, quietly.
+
+    Raises:
+        RunError: There is none, or it does not let this process in.
+    """
+    import ray
+
+    try:
+        # Its words come by the file that rank 0 writes, not by Ray.
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"no Ray cluster could be joined: {line}",
+            "start the driver as a Ray job (`longspan submit`), or set RAY_ADDRESS",
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of a Ray job; see `Options`.
+
+    Returns:
+        The exit code; mistakes of the user are printed, not raised.
+    """
+    options, recipe = _parse(arguments)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    voice = Voice()
+    try:
+        run = _read(recipe)
+        connect()
+        return Driver(run, options, voice).lead()
+    except LongspanError as error:
+        voice.complain(f"error: {error}")
+        return error.exit_code
+    except Exception:  # stderr leads to a file by now
+        voice.complain(traceback.format_exc())
+        return CRASHED
+
+
+def _read(recipe: Path) -> RunSettings:
+    """The settings that came with the job.
+
+    Raises:
+        RunError: They are none.
+    """
+    try:
+        return RunSettings.model_validate(yaml.safe_load(recipe.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise RunError(
+            f"{recipe} holds no resolved recipe: {error}", "submit the run again"
+        ) from error
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[Options, Path]:
+    parser = argparse.ArgumentParser(prog="longspan.cluster.driver", allow_abbrev=False)
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--recipe", required=True, type=Path)
+    parser.add_argument("--exactness", choices=("E0", "E1", "E2"))
+    parser.add_argument("--from", dest="from_step", type=int)
+    parser.add_argument("--secrets", nargs="*", default=[], metavar="NAME=PATH")
+    parser.add_argument("--interface")
+    parser.add_argument("--no-preflight", dest="preflight", action="store_false")
+    for name in ("wait", "interval", "floor", "first"):
+        parser.add_argument(f"--{name}", type=float, default=getattr(Options, name))
+    given = vars(parser.parse_args(arguments))
+    recipe = given.pop("recipe")
+    secrets = [tuple(pair.partition("=")[::2]) for pair in given.pop("secrets")]
+    return Options(**given, secrets=tuple(secrets)), recipe
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Ray's threads may wait for what is gone; everything of ours is written.
+    os._exit(code if code in (COMPLETE, USER_ERROR, STOPPED, INTERRUPTED) else CRASHED)

@@ -1,0 +1,51 @@
+"""Placement: where the ranks of a gang go, groups that talk much inside of a node."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..trainer.settings import RunSettings
+
+
+def unit_of(run: RunSettings, most: int) -> int:
+    """Ranks in a row that have to be on one node.
+
+    All of a tensor x context group, unless no node has room for one: then those of a tensor group.
+
+    Args:
+        run: The run's settings.
+        most: Ranks that the largest node takes.
+    """
+    parallel = [stage.parallel for stage in run.stages]
+    whole = math.lcm(*(p.tensor * p.context for p in parallel))
+    return whole if whole <= most else math.lcm(*(p.tensor for p in parallel))
+
+
+def place(slots: Mapping[str, int], ranks: int, unit: int) -> tuple[str, ...] | None:
+    """The node of every rank, on as few nodes as can be; None where there is no room.
+
+    Args:
+        slots: Ranks that each node takes.
+        ranks: To place; a multiple of `unit`.
+        unit: Ranks in a row that have to be on one node.
+    """
+    places: list[str] = []
+    for node, free in sorted(slots.items(), key=lambda item: (-item[1], item[0])):
+        here = min(free // unit * unit, ranks - len(places))
+        places += [node] * here
+    return tuple(places) if len(places) == ranks else None
+
+
+def misplaced(nodes: Sequence[str], unit: int) -> str:
+    """What is wrong with the order of ranks over nodes; empty if nothing is.
+
+    Args:
+        nodes: The node of each rank.
+        unit: Ranks in a row that have to be on one node.
+    """
+    for first in range(0, len(nodes), unit):
+        if len(set(nodes[first : first + unit])) > 1:
+            last = first + unit - 1
+            return f"ranks {first} to {last}, a tensor x context group, are on several nodes"
+    return ""

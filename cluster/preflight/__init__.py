@@ -1,0 +1,1 @@
+"""Preflight: whether every node can do its part, before any rank starts."""

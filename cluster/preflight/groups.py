@@ -1,0 +1,71 @@
+"""Groups: which nodes measure an all-reduce together, and who is to blame where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..nodes import Node
+from . import bandwidth
+from .bandwidth import Group
+from .crew import Crew
+from .result import Result
+
+_PORT_S = 5.0
+_LIMIT_S = 18.0
+
+
+def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
+    """What an all-reduce carries inside of nodes, and between those where that works.
+
+    Args:
+        crew: Asks the nodes.
+        nodes: Those that are fit so far.
+    """
+    gpu = any(node.gpus for node in nodes)
+    able = [node for node in nodes if node.gpus or not gpu]
+    results: list[Result] = []
+    if several := [node for node in able if node.gpus > 1]:
+        answers = _run(crew, [[node] for node in several])
+        results += bandwidth.judge("inside", answers, gpu)
+    bad = {result.node for result in results if result.level == "fail"}
+    present = {node.name for node in crew.present}
+    able = [node for node in able if node.name in present - bad]
+    if len(able) > 1:
+        answers = _run(crew, [able])
+        if len(able) > 2 and any("error" in found for found in answers.values()):
+            # All wait for the one that does not come. Pairs tell which it is, unless all of them
+            # come together; then everybody has the error.
+            pairs = _run(crew, _pairs([node for node in able if node.name in answers]))
+            if any("error" in found for found in pairs.values()):
+                answers = pairs
+        results += bandwidth.judge("between", answers, gpu)
+    return results
+
+
+def _pairs(nodes: Sequence[Node]) -> list[Sequence[Node]]:
+    """Neighbours; the last three together where the number is odd."""
+    pairs = [nodes[at : at + 2] for at in range(0, len(nodes) - 1, 2)]
+    if len(nodes) % 2 and pairs:
+        pairs[-1] = nodes[-3:]
+    return pairs
+
+
+def _run(crew: Crew, groups: Sequence[Sequence[Node]]) -> dict[str, Any]:
+    """Measure in all groups at the same time; a node's answer is a speed or an error."""
+    ports = crew.ask("port", {group[0].name: () for group in groups if group}, crew.left(_PORT_S))
+    limit_s = crew.left(_LIMIT_S)
+    arguments = {}
+    for group in groups:
+        # Without the node where the ranks of a group meet there is none.
+        if not group or group[0].name not in ports:
+            continue
+        first = 0
+        world = sum(max(1, node.gpus) for node in group)
+        address, port = ports[group[0].name]
+        for node in group:
+            local = max(1, node.gpus)
+            place = Group(address, port, first, local, world)
+            arguments[node.name] = (place, max(1.0, limit_s - 2))
+            first += local
+    return crew.ask("reduce", arguments, limit_s)

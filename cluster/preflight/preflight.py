@@ -1,0 +1,144 @@
+"""Preflight: looks at all nodes at once, from inside of each, before any rank starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...trainer.data.settings import LocalTokenizer
+from ...trainer.observe.events import EventLog
+from ...trainer.settings import RunSettings
+from ..nodes import Node
+from . import clock, dashboard, devices, disk, groups, network, storage, versions
+from .crew import Crew
+from .report import Report, healthy
+from .result import Result
+
+LIMIT_S = 60.0
+_USUAL_VOCAB = 2**17
+_LOOK_S = 35.0
+_MEET_S = 14.0
+_LAST_S = 3.0
+"""That are left for cleaning up."""
+
+
+def preflight(
+    nodes: Sequence[Node],
+    run: RunSettings,
+    run_dir: Path,
+    *,
+    interface: str | None = None,
+    address: str | None = None,
+    log: EventLog | None = None,
+    limit_s: float = LIMIT_S,
+) -> Report:
+    """Check every node that ranks may be put on; call in a driver that is connected to Ray.
+
+    Args:
+        nodes: Those that are alive.
+        run: What shall run; already checked.
+        run_dir: The run's folder, on storage that all nodes share.
+        interface: The network interface between the nodes; None: NCCL and gloo choose.
+        address: Of the dashboard; None: it is not looked at.
+        log: Gets a `preflight` event.
+        limit_s: A node that has not answered by then fails.
+
+    Returns:
+        The report, which is in `run_dir` as well.
+
+    Raises:
+        RunError: The report cannot be written there.
+    """
+    began, folder = time.monotonic(), run_dir / f".preflight-{os.urandom(4).hex()}"
+    with Crew(nodes, interface, began + limit_s - _LAST_S) as crew:
+        try:
+            results = _results(crew, run, run_dir, folder, interface)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    if address is not None:
+        results.append(dashboard.judge(dashboard.probe(address)))
+    report = Report(nodes, results, time.monotonic() - began)
+    report.write(run_dir)
+    if log is not None:
+        fit = [node.name for node in healthy(report)]
+        problems = [f"{r.level}: {r.node}: {r}" for r in report.problems]
+        log.write(
+            "preflight",
+            nodes=len(nodes),
+            healthy=fit,
+            problems=problems,
+            seconds=round(report.seconds, 3),
+        )
+    return report
+
+
+def _results(
+    crew: Crew, run: RunSettings, run_dir: Path, folder: Path, interface: str | None
+) -> list[Result]:
+    looked = _look(crew, run, run_dir, folder)
+    results = list(versions.judge(*_versions(looked)))
+    results += devices.judge(_part(looked, "devices"), {n.name: n.gpus for n in crew.nodes})
+    results += clock.judge({name: clock.Skew(*part["clock"]) for name, part in looked.items()})
+    one = disk.checkpoint_bytes(run, _vocabulary(run))
+    results += disk.judge(_part(looked, "disk"), one, run.checkpoint.keep)
+    results += _meet(crew, looked, folder, interface)
+    bad = {result.node for result in results if result.level == "fail"}
+    results += groups.measure(crew, [node for node in crew.present if node.name not in bad])
+    return [*crew.silent(), *results]
+
+
+def _look(crew: Crew, run: RunSettings, run_dir: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    limit_s = crew.left(_LOOK_S)
+    arguments = (folder, disk.places(run, run_dir), crew.ask_time, max(1.0, limit_s - 3))
+    return crew.ask("look", {node.name: arguments for node in crew.present}, limit_s)
+
+
+def _versions(
+    looked: Mapping[str, Mapping[str, Any]],
+) -> tuple[Mapping[str, Mapping[str, str]], Mapping[str, str]]:
+    found = _part(looked, "versions")
+    return found, versions.reference(found, versions.probe())
+
+
+def _meet(
+    crew: Crew, looked: Mapping[str, Mapping[str, Any]], folder: Path, interface: str | None
+) -> list[Result]:
+    """Whether nodes reach each other and see each other's files."""
+    open_, results = {}, []
+    for name, part in _part(looked, "network").items():
+        if error := part.get("error"):
+            fix = "name an interface that every node has: `interface` of the cluster"
+            wanted = "an address for the others"
+            results.append(Result(name, network.CHECK, "fail", error, wanted, fix))
+        else:
+            open_[name] = (part["address"], part["port"])
+    writes = _part(looked, "storage")
+    written = {name: name for name, part in writes.items() if "error" not in part}
+    names = list(open_)
+    peers = {
+        name: {other: open_[other] for other in network.neighbours(names, name)} for name in names
+    }
+    arguments = {node.name: (peers.get(node.name, {}), folder, written) for node in crew.present}
+    met = crew.ask("meet", arguments, crew.left(_MEET_S))
+    # Nobody is held to see the file of a node that went away meanwhile.
+    written = {name: text for name, text in written.items() if name in met}
+    seen = {name: part for name, part in _part(met, "storage").items() if name in written}
+    seen[storage.DRIVER] = storage.read(folder, written)
+    reached = {name: part for name, part in _part(met, "network").items() if name in open_}
+    results += network.judge(reached, interface)
+    return [*results, *storage.judge(folder.parent, {n: writes[n] for n in met}, seen)]
+
+
+def _vocabulary(run: RunSettings) -> int:
+    """Tokens of the model's vocabulary; of a tokenizer that is elsewhere, what most have."""
+    if run.model.vocab is not None:
+        return run.model.vocab
+    return _USUAL_VOCAB if isinstance(run.tokenizer, LocalTokenizer) else run.tokenizer.vocab
+
+
+def _part(looked: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    return {node: part[name] for node, part in looked.items()}

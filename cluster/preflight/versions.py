@@ -1,0 +1,98 @@
+"""Versions: ranks that run different code compute different things, or wait for each other."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .result import Result
+
+CHECK = "versions"
+CUDA_DRIVER = "CUDA driver"
+_OURS = ("python", "longspan", "ray")
+"""The process that starts the ranks has to have these as well."""
+
+_PACKAGES = ("ray", "torch", "megatron-core", "triton")
+_FOLDERS = ("attention", "cluster", "kernels", "parallel", "recipes", "trainer")
+_SUFFIXES = (".py", ".cu", ".yaml")
+_MISSING = "missing"
+
+
+def probe() -> dict[str, str]:
+    """The versions of this node; of longspan its content, which an editable checkout changes."""
+    found = {"python": platform.python_version(), "longspan": _content()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = _MISSING
+    return {**found, CUDA_DRIVER: _cuda_driver()}
+
+
+def reference(nodes: Mapping[str, Mapping[str, str]], ours: Mapping[str, str]) -> dict[str, str]:
+    """What all nodes should have.
+
+    Args:
+        nodes: What each has.
+        ours: What this process has; it need not have the GPU parts that nodes have.
+
+    Returns:
+        Ours of what starts ranks, and of the rest what most nodes have.
+    """
+    expected = dict(ours)
+    for name in ours:
+        counts = Counter(found.get(name, _MISSING) for found in nodes.values())
+        if name not in _OURS and counts:
+            # Where as many have another one, ours decides.
+            expected[name] = max(counts, key=lambda value: (counts[value], value == ours[name]))
+    return expected
+
+
+def judge(nodes: Mapping[str, Mapping[str, str]], expected: Mapping[str, str]) -> Iterator[Result]:
+    """One result per node; another CUDA driver is a warning, since it may do as well."""
+    for node, found in nodes.items():
+        other = [name for name in expected if found.get(name, _MISSING) != expected[name]]
+        if not other:
+            words = _words(found, ("python", "torch", "megatron-core"))
+            yield Result(node, CHECK, "ok", words, "the same everywhere")
+            continue
+        level = "warn" if other == [CUDA_DRIVER] else "fail"
+        fix = "install the same on all nodes, or use one image for all of them"
+        if other == ["longspan"]:
+            fix = "remove longspan from the node's own packages: a submitted run brings its own"
+        yield Result(node, CHECK, level, _words(found, other), _words(expected, other), fix)
+
+
+def _words(versions: Mapping[str, str], names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {versions.get(name, _MISSING)}" for name in names)
+
+
+@cache
+def _content() -> str:
+    """Twelve hex digits that two copies of the package share exactly when they are equal."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    files = [*root.glob("*.py")]
+    for folder in _FOLDERS:
+        files += (file for file in (root / folder).rglob("*") if file.suffix in _SUFFIXES)
+    for name in sorted(file.relative_to(root).as_posix() for file in files):
+        digest.update(f"{name}\0".encode() + (root / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _cuda_driver() -> str:
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2() != 0:
+            return "none"
+        text = ctypes.create_string_buffer(96)
+        library.nvmlSystemGetDriverVersion(text, len(text))
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return "none"
+    return text.value.decode("ascii", "replace")

@@ -1,0 +1,335 @@
+"""Rank: the function that Ray Train runs for each rank; it starts the rank's process and minds it.
+
+The training itself knows nothing of Ray: it is the process that `longspan train` starts, too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import RunError
+from ..trainer.devices import gpu_count, usable_cores
+from ..trainer.exactness import CONSENT
+from ..trainer.failure import (
+    COMPLETE,
+    INTERRUPTED,
+    LAUNCHER_PID,
+    STOPPED,
+    record_failure,
+)
+from ..trainer.heartbeat import HEARTBEAT
+from ..trainer.observe.attempts import ATTEMPT
+from ..trainer.run_directory import RunDirectory
+from ..trainer.stopping import SAVE_SIGNAL
+from .stacks import dump, flight_recorder
+from .station import Station
+from .watch import Assignment, End, NodeReport, Order, Place
+
+WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
+RANKS_LOCK = "ranks.lock"
+"""Held, shared, by every rank's process: whoever starts another gang waits until it is free."""
+
+_POLL_S = 0.1
+_ASK_S = 20.0
+_JOIN_S = 300.0
+_notice = threading.Event()
+
+
+class RankEnded(Exception):
+    """A rank's process ended before its time; the failure itself is in the run's logs."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each rank of an attempt is told.
+
+    Attributes:
+        run_dir: The run's folder, on storage that all nodes share.
+        attempt: The number of the attempt.
+        watch: The actor that knows all ranks.
+        interval: Seconds between two reports of a node.
+        floor: Seconds that anything may take before it is a hang.
+        first: Seconds that something may take of which nothing is known yet.
+        grace: Seconds to save in when ranks are asked to stop.
+        secrets: Files on the nodes, by the name of the variable that gets their content.
+        interface: Of the network between the nodes; None: as NCCL and gloo find it.
+        exactness: The level that this launch may fall to, for the environment; None: as the run
+            says.
+        command: Of one rank, without its argument.
+    """
+
+    run_dir: str
+    attempt: int
+    watch: Any
+    interval: float
+    floor: float
+    first: float
+    grace: float
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    interface: str | None = None
+    exactness: str | None = None
+    command: tuple[str, ...] = WORKER
+
+
+def work(config: dict[str, Any]) -> int:
+    """Run one rank to its end; what `DataParallelTrainer` is given.
+
+    Args:
+        config: Has the `Task` under `task`.
+
+    Returns:
+        0 complete, 75 saved and stopped.
+
+    Raises:
+        RankEnded: The process ended otherwise.
+    """
+    import ray.train
+
+    task: Task = config["task"]
+    context = ray.train.get_context()
+    return Rank(task, context.get_world_rank(), context.get_world_size()).run()
+
+
+def listen() -> None:
+    """Take a SIGTERM of this process for a notice; call in the main thread of a Ray worker."""
+    signal.signal(signal.SIGTERM, _hear)
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    _notice.set()
+
+
+class Rank:
+    """One rank of a gang, seen from the Ray worker that starts its process.
+
+    Args:
+        task: What all ranks are told.
+        rank: Its number.
+        ranks: Of the gang.
+    """
+
+    def __init__(self, task: Task, rank: int, ranks: int) -> None:
+        import ray
+
+        self._ray, self._task, self._rank, self._ranks = ray, task, rank, ranks
+        self._directory = RunDirectory(Path(task.run_dir))
+        self._node = ray.get_runtime_context().get_node_id()
+        self._station = Station(self._directory.path, task.attempt, self._node)
+        self._report: Any = None
+        self._next_report = 0.0
+        self._dumped = False
+        self._told_at = math.inf
+        self._noticed = False
+        self._leaving: tuple[str, ...] = ()
+        """Nodes of the gang that Ray is about to lose."""
+
+    def run(self) -> int:
+        """See `work`."""
+        try:
+            given = self._join()
+            if given.order in ("stop", "end"):
+                return STOPPED
+            if given.problem:
+                raise RunError(
+                    f"{given.problem} of {self._ranks} ranks",
+                    "give nodes with as many GPUs each, or lower stages.*.parallel",
+                )
+            code = self._mind(self._start(given), given.local_rank == 0)
+        except Exception as error:
+            code = record_failure(self._directory.path, self._rank, error)
+        with suppress(Exception):
+            end = End(code, self._noticed, self._leaving)
+            sent = self._task.watch.ended.remote(self._task.attempt, self._rank, end)
+            self._ray.get(sent, timeout=_ASK_S)
+        if code in (COMPLETE, STOPPED):
+            return code
+        raise RankEnded(f"rank {self._rank} ended with exit code {code}")
+
+    def _join(self) -> Assignment:
+        """Wait for all ranks."""
+        address = self._ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        place = Place(self._rank, self._node, socket.gethostname(), address, port)
+        answer = self._task.watch.join.remote(self._task.attempt, place)
+        return self._ray.get(answer, timeout=_JOIN_S)
+
+    def _start(self, given: Assignment) -> subprocess.Popen[bytes]:
+        log = (self._directory.logs / f"rank-{self._rank}.log").open("ab")
+        with log, _shared_lock(self._directory.path / RANKS_LOCK) as held, _only_save_blocked():
+            child = subprocess.Popen(
+                [*self._task.command, str(self._directory.path)],
+                env=self._environment(given),
+                cwd=self._working_directory(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=[held],
+            )
+        self._station.started(self._rank, child.pid)
+        return child
+
+    def _working_directory(self) -> Path:
+        """What relative paths of the recipe refer to, where the nodes have it."""
+        recorded = self._directory.read_environment().get("working_directory")
+        return Path(recorded) if recorded and Path(recorded).is_dir() else self._directory.path
+
+    def _environment(self, given: Assignment) -> dict[str, str]:
+        task, logs = self._task, self._directory.logs
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        # Ray sets it to the CPUs that it gave away, which is not what the ranks may use.
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // given.host_ranks))
+        environment.update(
+            RANK=str(self._rank),
+            LOCAL_RANK=str(given.local_rank),
+            WORLD_SIZE=str(self._ranks),
+            LOCAL_WORLD_SIZE=str(given.local_ranks),
+            MASTER_ADDR=given.address,
+            MASTER_PORT=str(given.port),
+        )
+        environment[LAUNCHER_PID] = str(os.getpid())
+        environment[ATTEMPT] = str(task.attempt)
+        environment[HEARTBEAT] = str(self._station.beat_path(self._rank))
+        if gpu_count():
+            environment |= flight_recorder(logs, self._station.folder, task.attempt)
+        if task.interface is not None:
+            environment |= dict.fromkeys(
+                ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), task.interface
+            )
+        if task.exactness is not None:
+            environment[CONSENT] = task.exactness
+        return environment | read_secrets(task.secrets)
+
+    def _mind(self, child: subprocess.Popen[bytes], first: bool) -> int:
+        """Wait for the end of the process; meanwhile tell and follow orders."""
+        try:
+            while (code := child.poll()) is None:
+                order = self._station.order()
+                if first:
+                    order = self._tell()
+                self._noticed = self._is_noticed() or self._noticed
+                if order == "end":
+                    return self._end(child)
+                if (order == "stop" or self._noticed) and self._told_at == math.inf:
+                    self._told_at = time.monotonic()
+                    child.send_signal(signal.SIGTERM)
+                if time.monotonic() > self._told_at + self._task.grace:
+                    self._end(child)
+                    return INTERRUPTED
+                time.sleep(_POLL_S)
+        finally:
+            self._end(child)
+            if first:
+                self._station.close()
+        return code
+
+    def _is_noticed(self) -> bool:
+        """Whether this process or a node of the gang is about to be taken away."""
+        self._leaving = _leaving_nodes()
+        return _notice.is_set() or bool(self._leaving)
+
+    def _end(self, child: subprocess.Popen[bytes]) -> int:
+        """End the process and its helpers at once."""
+        if child.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+        return child.wait()
+
+    def _tell(self) -> Order:
+        """Tell of the whole node once in an interval, and hand on what is heard; never waits."""
+        order = self._heard()
+        now = time.monotonic()
+        if self._report is None and now >= self._next_report:
+            self._next_report = now + self._task.interval
+            looked = self._look()
+            self._report = self._task.watch.report.remote(self._task.attempt, looked)
+        return order
+
+    def _look(self) -> NodeReport:
+        return self._station.look(self._task.floor, self._task.first, self._dumped)
+
+    def _heard(self) -> Order:
+        known = self._station.order()
+        if self._report is None or not self._ray.wait([self._report], timeout=0)[0]:
+            return known
+        report, self._report = self._report, None
+        try:
+            order: Order = self._ray.get(report, timeout=_ASK_S)
+        except Exception:  # without the one who watches, ranks train on
+            return known
+        if order == "dump" and not self._dumped:
+            self._dumped = True
+            task, station = self._task, self._station
+            dump(station.pids(), self._directory.logs, station.folder, task.attempt)
+        if order != known:
+            self._station.give(order)
+        return order
+
+
+def _leaving_nodes() -> tuple[str, ...]:
+    """Nodes of the gang that are taken away, as Ray Train's watcher has told this worker.
+
+    `ray.train.get_preemption_info` would be a barrier of all ranks.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    told = getattr(get_train_context(), "preemption_context", None)
+    info = getattr(told, "preemption_info", None)
+    return () if info is None else tuple(info.preempted_node_ids)
+
+
+def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:
+    """What stands in files of this node.
+
+    Args:
+        secrets: Their paths, by the name of the variable.
+
+    Raises:
+        RunError: One cannot be read.
+    """
+    found = {}
+    for name, path in secrets.items():
+        try:
+            found[name] = Path(path).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise RunError(
+                f"the secret {name} cannot be read from {path} on {socket.gethostname()}: {why}",
+                "put the file on every node, or leave it out of the cluster's secrets",
+            ) from error
+    return found
+
+
+@contextmanager
+def _shared_lock(file: Path) -> Iterator[int]:
+    """The lock of all ranks, for a process that inherits it; where there are no locks, a file."""
+    with file.open("ab") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield lock.fileno()
+
+
+@contextmanager
+def _only_save_blocked() -> Iterator[None]:
+    """Start a process as `longspan train` does: what asks it to save waits until it listens."""
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, {SAVE_SIGNAL})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

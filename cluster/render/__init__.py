@@ -1,0 +1,1 @@
+"""Render: a recipe as what Kubernetes and Slurm start."""

@@ -1,0 +1,216 @@
+"""Slurm: a run as a batch script, with a Ray cluster inside of its allocation, or torchrun."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+
+import yaml
+
+from ...errors import RunError
+from .order import ENDING_S, Order
+
+_END = "END_OF_FILE"
+_PORT = "@PORT@"
+_CLUSTER = "slurm"
+
+_HEAD = """\
+#!/bin/bash
+# {run_id}: a run of {name}. Submitted again, or requeued, it goes on where it was.
+# longspan has to be on the PATH of the nodes. What is given to sbatch itself wins over this.
+#
+#   sbatch FILE
+#   longspan status {run_dir}
+#
+#SBATCH --job-name={run_id}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+{resources}#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@{stop_s}
+
+set -euo pipefail
+umask 077
+export RUN_ID={run_id}
+STORAGE={storage}
+export RUN_DIR="$STORAGE/runs/$RUN_ID"
+export WORK="$STORAGE/slurm/$RUN_ID-$SLURM_JOB_ID"
+export RECIPE="$WORK/"{file}
+export PORT=$((20000 + SLURM_JOB_ID % 20000))
+mkdir -p "$WORK" "$STORAGE/runs"
+pids=()
+finish() {{
+  kill "${{pids[@]}}" 2> /dev/null || true
+  rm -rf "$WORK"
+}}
+trap finish EXIT
+
+cat > "$RECIPE" << '{end}'
+{text}{end}
+
+# This script runs on the first node of the allocation.
+HEAD_IP=$({address})
+export HEAD_IP
+"""
+
+_TAIL = """\
+worker=$!
+code=0
+wait "$worker" || code=$?
+if [[ $asked == 1 ]]; then
+  # The signal ended the wait, not what was waited for.
+  code=0
+  wait "$worker" || code=$?
+  if [[ $code != 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID" || true
+  fi
+fi
+exit "$code"
+"""
+
+_RAY = """\
+# The token lies in a folder of yours and goes with the job; the dashboard stays on loopback.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/token" RAY_USAGE_STATS_ENABLED=0
+python3 -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
+export LONGSPAN_HOME="$WORK/home" LONGSPAN_CLUSTERS="$WORK/clusters.yaml"
+sed "s/{port}/$((PORT + 1))/; s|@WORK@|$WORK|" > "$LONGSPAN_CLUSTERS" << '{end}'
+{clusters}{end}
+
+head=$(hostname -s)
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \\
+  ray start --head --node-ip-address="$HEAD_IP" --port="$PORT" \\
+  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)){given} --block &
+pids+=($!)
+# The dashboard is what comes up last.
+for _ in $(seq 120); do
+  if (: < "/dev/tcp/127.0.0.1/$((PORT + 1))") 2> /dev/null; then break; fi
+  kill -0 "${{pids[0]}}"
+  sleep 1
+done
+{others}
+longspan submit "$RECIPE" --cluster {cluster} --run-id "$RUN_ID"
+asked=0
+stop() {{
+  asked=1
+  longspan stop "$RUN_ID" || true
+}}
+trap stop TERM
+longspan logs -f "$RUN_ID" &
+"""
+
+_OTHERS = """\
+srun --overlap --nodes={count} --ntasks={count} --exclude="$head" \\
+  ray start --address="$HEAD_IP:$PORT"{given} --block &
+pids+=($!)
+"""
+
+_TORCHRUN = """\
+export PYTHONSAFEPATH=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT={stop_s}
+cat > "$WORK/ranks.sh" << '{end}'
+set -euo pipefail
+{variables}exec torchrun --nnodes={nodes} --nproc-per-node={local} --node-rank="$SLURM_NODEID" \\
+  --master-addr="$HEAD_IP" --master-port="$PORT" \\
+  -m longspan.cli train "$RECIPE" --run-dir "$RUN_DIR"
+{end}
+
+asked=0
+stop() {{
+  asked=1
+  # srun hands it on to the ranks, which save.
+  kill -TERM "$worker"
+}}
+trap stop TERM
+srun --kill-on-bad-exit=1 bash "$WORK/ranks.sh" &
+"""
+
+
+def render_slurm(order: Order, *, ray: bool = True) -> str:
+    """The script.
+
+    Args:
+        order: What is to run.
+        ray: Start a Ray cluster in the allocation, whose driver replaces what is lost; else
+            torchrun, which ends with the first rank that fails.
+
+    Raises:
+        RunError: torchrun cannot spread so many ranks evenly.
+    """
+    head = _HEAD.format(
+        run_id=order.run_id,
+        name=order.name,
+        run_dir=shlex.quote(order.run_dir),
+        nodes=order.nodes,
+        resources="".join(_resources(order)),
+        stop_s=order.grace_s + ENDING_S,
+        storage=shlex.quote(order.storage.rstrip("/") or "/"),
+        file=shlex.quote(f"{order.name}.yaml"),
+        end=_END,
+        text=order.text,
+        address=_address(order.interface),
+    )
+    return "\n".join((head, _ray(order) if ray else _torchrun(order))) + _TAIL
+
+
+def _resources(order: Order) -> Iterator[str]:
+    if order.gpus:
+        yield f"#SBATCH --gpus-per-node={order.gpus}\n"
+    if order.cores:
+        yield f"#SBATCH --cpus-per-task={order.cores}\n"
+
+
+def _address(interface: str | None) -> str:
+    """The command that prints this node's address on the interface between the nodes."""
+    if interface is None or not re.fullmatch(r"[A-Za-z0-9_.-]+", interface):
+        return "hostname -I | awk '{print $1}'"
+    show = f"ip -4 -o address show dev {shlex.quote(interface)}"
+    return show + """ | awk '{split($4, a, "/"); print a[1]; exit}'"""
+
+
+def _ray(order: Order) -> str:
+    nodes: dict[str, int] = {"count": order.nodes, "gpus": order.gpus}
+    nodes |= {"cores": order.cores} if order.cores else {}
+    settings = {
+        "address": f"http://127.0.0.1:{_PORT}",
+        "storage": order.storage,
+        "nodes": nodes,
+        "token": "@WORK@/token",
+        **({"secrets": dict(order.secrets)} if order.secrets else {}),
+        **({"interface": order.interface} if order.interface else {}),
+    }
+    given = f" --num-gpus={order.gpus}" if order.gpus else ""
+    given += f" --num-cpus={order.cores}" if order.cores else ""
+    others = _OTHERS.format(count=order.nodes - 1, given=given) if order.nodes > 1 else ""
+    return _RAY.format(
+        port=_PORT,
+        end=_END,
+        clusters=yaml.safe_dump({"clusters": {_CLUSTER: settings}}, sort_keys=False),
+        given=given,
+        others=others,
+        cluster=_CLUSTER,
+    )
+
+
+def _torchrun(order: Order) -> str:
+    if order.ranks % order.nodes:
+        raise RunError(
+            f"torchrun starts as many ranks on each node, and {order.ranks} ranks do not divide "
+            f"into {order.nodes} nodes",
+            "other ranks, other --nodes, or leave out --no-ray",
+        )
+    lines = [
+        f'{name}="$(cat {shlex.quote(path)})"\nexport {name}\n'
+        for name, path in order.secrets.items()
+    ]
+    if order.interface is not None:
+        named = shlex.quote(order.interface)
+        lines.append(f"export NCCL_SOCKET_IFNAME={named} GLOO_SOCKET_IFNAME={named}\n")
+    return _TORCHRUN.format(
+        stop_s=order.grace_s,
+        end=_END,
+        variables="".join(lines),
+        nodes=order.nodes,
+        local=order.ranks // order.nodes,
+    )

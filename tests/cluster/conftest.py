@@ -1,0 +1,32 @@
+"""One cluster of two nodes for all files that want a real one; it takes seconds to start."""
+
+import pytest
+from support.cluster import LocalCluster
+from support.cluster_runs import local_reference
+
+
+@pytest.fixture(scope="session")
+def started_cluster():
+    """The cluster as it is."""
+    cluster = LocalCluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(started_cluster):
+    """The cluster with all of its nodes."""
+    started_cluster.revive()
+    return started_cluster
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """The documents of the runs."""
+    return tmp_path_factory.mktemp("texts")
+
+
+@pytest.fixture(scope="session")
+def reference(started_cluster, texts, tmp_path_factory):
+    """The tiny run by `longspan train`."""
+    return local_reference(texts, tmp_path_factory.mktemp("reference") / "run")

@@ -1,0 +1,91 @@
+#!/bin/bash
+# smoke-1: a run of smoke. Submitted again, or requeued, it goes on where it was.
+# longspan has to be on the PATH of the nodes. What is given to sbatch itself wins over this.
+#
+#   sbatch FILE
+#   longspan status /shared/longspan/runs/smoke-1
+#
+#SBATCH --job-name=smoke-1
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=2
+#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@660
+
+set -euo pipefail
+umask 077
+export RUN_ID=smoke-1
+STORAGE=/shared/longspan
+export RUN_DIR="$STORAGE/runs/$RUN_ID"
+export WORK="$STORAGE/slurm/$RUN_ID-$SLURM_JOB_ID"
+export RECIPE="$WORK/"smoke.yaml
+export PORT=$((20000 + SLURM_JOB_ID % 20000))
+mkdir -p "$WORK" "$STORAGE/runs"
+pids=()
+finish() {
+  kill "${pids[@]}" 2> /dev/null || true
+  rm -rf "$WORK"
+}
+trap finish EXIT
+
+cat > "$RECIPE" << 'END_OF_FILE'
+# The resolved recipe of stretch.
+seed: 1234
+ranks: 16
+END_OF_FILE
+
+# This script runs on the first node of the allocation.
+HEAD_IP=$(hostname -I | awk '{print $1}')
+export HEAD_IP
+
+# The token lies in a folder of yours and goes with the job; the dashboard stays on loopback.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/token" RAY_USAGE_STATS_ENABLED=0
+python3 -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
+export LONGSPAN_HOME="$WORK/home" LONGSPAN_CLUSTERS="$WORK/clusters.yaml"
+sed "s/@PORT@/$((PORT + 1))/; s|@WORK@|$WORK|" > "$LONGSPAN_CLUSTERS" << 'END_OF_FILE'
+clusters:
+  slurm:
+    address: http://127.0.0.1:@PORT@
+    storage: /shared/longspan
+    nodes:
+      count: 1
+      gpus: 0
+      cores: 2
+    token: '@WORK@/token'
+END_OF_FILE
+
+head=$(hostname -s)
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
+  ray start --head --node-ip-address="$HEAD_IP" --port="$PORT" \
+  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)) --num-cpus=2 --block &
+pids+=($!)
+# The dashboard is what comes up last.
+for _ in $(seq 120); do
+  if (: < "/dev/tcp/127.0.0.1/$((PORT + 1))") 2> /dev/null; then break; fi
+  kill -0 "${pids[0]}"
+  sleep 1
+done
+
+longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"
+asked=0
+stop() {
+  asked=1
+  longspan stop "$RUN_ID" || true
+}
+trap stop TERM
+longspan logs -f "$RUN_ID" &
+worker=$!
+code=0
+wait "$worker" || code=$?
+if [[ $asked == 1 ]]; then
+  # The signal ended the wait, not what was waited for.
+  code=0
+  wait "$worker" || code=$?
+  if [[ $code != 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID" || true
+  fi
+fi
+exit "$code"

@@ -1,0 +1,134 @@
+"""Whatever happens to ranks, workers and nodes: the run begins again and ends bit-equal.
+
+One run meets several faults, one after the other; which ones is drawn by day.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longspan.cluster.recovery import recoveries
+from support.cluster import Drive, LocalCluster, kill, parent, raylet
+from support.cluster_runs import EVERY, cluster_run
+from support.grid import sample
+
+STACK_FLOOR = "10"
+
+
+@dataclass
+class Scene:
+    """A run at work.
+
+    Attributes:
+        cluster: Where.
+        drive: Its driver.
+        attempt: The one that a fault meets.
+    """
+
+    cluster: LocalCluster
+    drive: Drive
+    attempt: int
+
+    def node_of(self, rank: int):
+        """The node that a rank is on."""
+        worker = parent(self.drive.workers()[rank])
+        owner = parent(worker)
+        (found,) = [n for n in self.cluster.nodes if raylet(n).pid == owner]
+        return found
+
+
+def kill_rank(scene):
+    kill(scene.drive.workers()[1])
+    return "infrastructure", "rank 1 was killed by SIGKILL"
+
+
+def kill_worker(scene):
+    kill(parent(scene.drive.workers()[1]))
+    return "infrastructure", "rank 1"
+
+
+def kill_node(scene):
+    node = scene.node_of(1)
+    scene.cluster.kill_node(node)
+    return "infrastructure", f"lost node {node.node_id[:8]}"
+
+
+def hang(scene):
+    kill(scene.drive.workers()[1], signal.SIGSTOP)
+    return "infrastructure", "rank 1 is in section step"
+
+
+def notice(scene):
+    kill(parent(scene.drive.workers()[1]), signal.SIGTERM)
+    return "preemption", "a worker was asked to end"
+
+
+def drain(scene):
+    node = scene.node_of(1)
+    words = ["drain-node", "--address", scene.cluster.address, "--node-id", node.node_id]
+    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+    words += ["--deadline-remaining-seconds", "120"]
+    ray = Path(sys.executable).with_name("ray")
+    scene.cluster.spoiled.append(node)
+    done = subprocess.run([ray, *words], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "preemption", f"node {node.node_id[:8]} is taken away"
+
+
+NEED_A_SPARE = (kill_node, drain)
+FAULTS: tuple[Callable, ...] = (kill_rank, kill_worker, kill_node, hang, notice, drain)
+
+
+def test_a_run_that_meets_faults_ends_bit_equal(cluster, reference, texts, tmp_path):
+    faults = sample("cluster faults", FAULTS, 2)
+    # Longer than a step on a busy machine may take, short enough to wait for.
+    more = ["--no-preflight", "--floor", STACK_FLOOR, "--first", "120"]
+    cluster.nodes += [cluster.add_node() for fault in faults if fault in NEED_A_SPARE]
+    started, struck = time.time(), []
+    drive = Drive(cluster, cluster_run(texts), tmp_path / "run", *more)
+    for attempt, fault in enumerate(faults, 1):
+        drive.wait_for(lambda a=attempt: _made(drive, a) > EVERY)
+        began = time.time()
+        cause, words = fault(Scene(cluster, drive, attempt))
+        (end,) = drive.wait_for(
+            lambda a=attempt: [e for e in drive.events("ended") if e["attempt"] == a]
+        )
+        struck.append((fault.__name__, cause, words, end, began))
+    assert drive.ends() == 0, drive.text()
+    reference.assert_same_content(drive.run_dir)
+    reference.assert_history(drive.run_dir, EVERY)
+    said, steps = drive.said(), drive.events("step")
+    for attempt, (name, cause, words, end, began) in enumerate(struck, 1):
+        assert end["how"] == "failed" and words in end["reason"], (name, end, said)
+        assert f"({cause})" in said, (name, said)
+        first, cold = (
+            min(e["time"] for e in steps if e["attempt"] == number) for number in (attempt + 1, 1)
+        )
+        print(
+            f"{name}: told after {end['time'] - began:.1f} s, next step after {first - began:.1f} s"
+        )
+        if name == "hang":
+            stacks = sorted(drive.run_dir.glob(f"logs/stack-attempt-{attempt}-rank-*.txt"))
+            assert len(stacks) == 2
+            for stack in stacks:
+                text = stack.read_text()
+                assert "trainer/worker.py" in text or text.startswith("no stacks:"), text
+        if name == "kill_node":
+            assert first - began <= 1.5 * (cold - started), (first - began, cold - started)
+        if name in ("kill_node", "drain"):
+            out = [e for e in drive.events("excluded") if e["attempt"] == attempt]
+            (out,) = [event for event in out if event["kind"] != "failures"]
+            for later in drive.events("launched")[attempt:]:
+                assert out["node"] not in later["nodes"]
+    assert len(recoveries(drive.run_dir / "events.jsonl")) == len(faults)
+    assert f"recovered {len(faults)} time" in said
+
+
+def _made(drive, attempt):
+    """Steps that an attempt has made."""
+    return sum(event["attempt"] == attempt for event in drive.events("step"))

@@ -1,0 +1,45 @@
+"""Placement: where ranks go; and nodes: what one that is gone looks like."""
+
+import socket
+
+from hypothesis import given
+from hypothesis import strategies as st
+from longspan.cluster.nodes import Node, has_gone
+from longspan.cluster.placement import misplaced, place, unit_of
+from support.tiny import tiny_run
+
+
+def test_a_node_takes_a_rank_for_each_gpu_or_each_core():
+    both, cores = Node("a", "x", gpus=8, cores=16), Node("b", "y", gpus=0, cores=4)
+    assert [(node.slots(True), node.slots(False)) for node in (both, cores)] == [(8, 16), (0, 4)]
+
+
+def test_few_nodes_are_taken_and_groups_stay_inside_of_them():
+    assert place({"a": 3, "b": 4}, 4, 2) == ("b",) * 4
+    assert place({"a": 3, "b": 3}, 4, 2) == ("a", "a", "b", "b")
+    assert place({"a": 3, "b": 3}, 6, 2) is None
+    assert place({"a": 3, "b": 3}, 6, 1) == ("a",) * 3 + ("b",) * 3
+    assert place({}, 1, 1) is None
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1), st.integers(0, 9)),
+       st.integers(1, 4), st.integers(1, 8))  # fmt: skip
+def test_places_are_right_wherever_there_is_room(slots, unit, groups):
+    found = place(slots, groups * unit, unit)
+    room = sum(free // unit for free in slots.values())
+    assert (found is not None) == (room >= groups)
+    if found is not None:
+        assert len(found) == groups * unit and not misplaced(found, unit)
+        assert all(found.count(node) <= slots[node] for node in found)
+
+
+def test_a_group_that_no_node_has_room_for_keeps_its_tensor_ranks_together():
+    run = tiny_run(stage__parallel={"tensor": 2, "context": 4})
+    assert (unit_of(run, 8), unit_of(run, 7), unit_of(run, 1)) == (8, 2, 2)
+
+
+def test_a_node_is_gone_when_nothing_listens():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = Node("a", "127.0.0.1", gpus=0, cores=1, port=server.getsockname()[1])
+        assert not has_gone(node)
+    assert has_gone(node)

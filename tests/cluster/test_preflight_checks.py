@@ -1,0 +1,326 @@
+"""The checks of preflight, one by one: what they find on files and sockets, and how they judge."""
+
+import http.server
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import longspan
+import pytest
+from longspan.cluster.nodes import Node
+from longspan.cluster.preflight import (
+    bandwidth,
+    child,
+    clock,
+    dashboard,
+    devices,
+    disk,
+    network,
+    storage,
+    versions,
+)
+from longspan.cluster.preflight.links import cut_off
+from longspan.cluster.preflight.report import Report, healthy, render, require
+from longspan.cluster.preflight.result import Result
+from longspan.errors import RunError
+from rich.console import Console
+from support.short_run import short_run
+
+SAME = {"python": "3.11.7", "longspan": "aa", "torch": "2.10", "CUDA driver": "570"}
+
+
+def level_of(results, node):
+    (result,) = [result for result in results if result.node == node]
+    return result.level, result.found, result.fix
+
+
+def test_most_nodes_decide_what_is_installed_but_the_driver_what_starts():
+    other = {**SAME, "torch": "2.11"}
+    nodes = {"a": SAME, "b": other, "c": SAME}
+    results = list(versions.judge(nodes, versions.reference(nodes, other)))
+    assert level_of(results, "a")[0] == level_of(results, "c")[0] == "ok"
+    assert level_of(results, "b")[:2] == ("fail", "torch 2.11")
+    old = {"a": {**SAME, "longspan": "old"}, "b": {**SAME, "longspan": "old"}}
+    results = list(versions.judge(old, versions.reference(old, SAME)))
+    assert [result.level for result in results] == ["fail", "fail"]
+    assert "remove longspan" in results[0].fix
+
+
+def test_another_cuda_driver_is_a_warning_and_a_tie_is_decided_by_ours():
+    nodes = {"a": SAME, "b": {**SAME, "CUDA driver": "580"}}
+    results = list(versions.judge(nodes, versions.reference(nodes, SAME)))
+    assert level_of(results, "a")[0] == "ok"
+    assert level_of(results, "b")[:2] == ("warn", "CUDA driver 580")
+
+
+def test_versions_of_this_node_are_those_of_its_packages():
+    found = versions.probe()
+    assert found["torch"][0].isdigit() and found["megatron-core"][0].isdigit()
+    assert len(found["longspan"]) == 12 and found == versions.probe()
+    # Every folder of the package is part of its content.
+    root = Path(longspan.__file__).parent
+    floors = {p.parent.name for p in root.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert floors == set(versions._FOLDERS)
+
+
+def gpu_node(**changes):
+    device = {"name": "NVIDIA H100", "flops": 600e12, "right": True, "free": 79, "total": 80}
+    card = {"index": "0", "name": "NVIDIA H100", "ecc": "0", "pending": "No"}
+    card |= {key: changes.pop(key) for key in ("ecc", "pending") if key in changes}
+    return {"gpus": 2, "devices": [device, {**device, **changes}], "cards": [card]}
+
+
+GPU_CASES = {
+    "healthy": ({}, "ok", "2 x NVIDIA H100, 600 TFLOP/s"),
+    "wrong": ({"right": False, "flops": 1e12}, "fail", "GPU 1 multiplies wrongly"),
+    "slow": ({"flops": 400e12}, "warn", "GPU 1 with 400 TFLOP/s"),
+    "unknown": ({"flops": 4e12, "name": "a GPU"}, "ok", "2 x"),
+    "shared": ({"free": 60}, "warn", "GPU 1 with"),
+    "taken": ({"free": 10}, "fail", "GPU 1 with"),
+    "ECC": ({"ecc": "3"}, "fail", "GPU 0 with 3 uncorrected ECC errors"),
+    "no ECC": ({"ecc": "[N/A]"}, "ok", "2 x"),
+    "pages": ({"pending": "Yes"}, "warn", "memory pages"),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpus_are_judged_by_the_worst_that_was_found(name):
+    changes, level, part = GPU_CASES[name]
+    found = level_of(devices.judge({"a": gpu_node(**changes)}, {"a": 2}), "a")
+    assert found[0] == level and part in found[1]
+
+
+def test_fewer_gpus_than_ray_gives_away_and_a_crash_are_failures():
+    found = devices.judge({"a": gpu_node(), "b": {"gpus": 0, "devices": [], "error": "segfault"}},
+                          {"a": 3, "b": 2})  # fmt: skip
+    assert [(r.level, r.found) for r in found] == [("fail", "2 GPUs"), ("fail", "segfault")]
+
+
+def test_a_cpu_is_compared_with_the_others():
+    def node(flops, right=True):
+        return {"gpus": 0, "devices": [{"name": "CPU", "flops": flops, "right": right}]}
+
+    nodes = {"a": node(9e9), "b": node(2e9), "c": node(8e9), "d": node(9e9, right=False)}
+    found = devices.judge(nodes, dict.fromkeys(nodes, 0))
+    assert [result.level for result in found] == ["ok", "warn", "ok", "fail"]
+
+
+def test_the_lines_of_nvidia_smi_are_read():
+    text = "0, NVIDIA H100 80GB HBM3, 0, No\n1, NVIDIA H100 80GB HBM3, [N/A], [N/A]\nbroken\n"
+    cards = devices.read_cards(text)
+    assert [card["index"] for card in cards] == ["0", "1"]
+    assert cards[1] == {"index": "1", "name": "NVIDIA H100 80GB HBM3", "ecc": "[N/A]",
+                        "pending": "[N/A]"}  # fmt: skip
+
+
+def test_a_clock_is_corrected_for_the_round_trip(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(clock.time, "time", lambda: 1000.0)
+    # The trips take 7, 1, 7, 7 and 7 s; in the quickest the other clock was asked half of it later.
+    ticks = iter([0, 7, 10, 11, 20, 27, 30, 37, 40, 47])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: float(next(ticks)))
+    skew = clock.probe(lambda: 990.0 + next(now))
+    assert skew == clock.Skew(ahead_s=1000.0 + 0.5 - 991.0, doubt_s=0.5)
+
+
+def test_clocks_are_judged_by_what_the_round_trip_does_not_explain():
+    nodes = {"a": clock.Skew(0.1, 0.01), "b": clock.Skew(-9.0, 8.0), "c": clock.Skew(9.0, 0.1),
+             "d": clock.Skew(-600.0, 0.1)}  # fmt: skip
+    found = list(clock.judge(nodes))
+    assert [result.level for result in found] == ["ok", "ok", "warn", "fail"]
+    assert "600 s behind" in found[3].found
+
+
+def test_nodes_that_share_a_folder_see_each_other(tmp_path):
+    folder = tmp_path / ".preflight-1"
+    names = ["10.0.0.1 (aa)", "10.0.0.2 (bb)"]
+    writes = {name: storage.write(folder, name, name) for name in names}
+    seen = {name: storage.read(folder, dict(zip(names, names, strict=True))) for name in names}
+    assert [r.level for r in storage.judge(folder, writes, seen)] == ["ok", "ok"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_node_that_cannot_write_is_told_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    wrote = {"a": storage.write(tmp_path / "file" / ".preflight-1", "a", "a")}
+    level, found, fix = level_of(storage.judge(tmp_path, wrote, {}), "a")
+    assert level == "fail" and "Not a directory" in found and "mount the storage" in fix
+
+
+def test_a_node_with_a_folder_of_its_own_is_the_one_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_PATIENCE_S", 0.0)
+    places = {"a": tmp_path / "shared", "b": tmp_path / "own", "c": tmp_path / "shared"}
+    writes = {name: storage.write(place, name, name) for name, place in places.items()}
+    written = {name: name for name in places}
+    seen = {name: storage.read(place, written) for name, place in places.items()}
+    seen[storage.DRIVER] = storage.read(places["a"], written)
+    results = list(storage.judge(tmp_path, writes, seen))
+    assert [result.level for result in results] == ["ok", "fail", "ok"]
+    assert "it and a, c, the driver do not see each other's files" in results[1].found
+
+
+def test_a_file_that_comes_late_is_waited_for(tmp_path):
+    timer = threading.Timer(0.3, lambda: (tmp_path / storage.file_name("a")).write_text("a"))
+    timer.start()
+    assert storage.read(tmp_path, {"a": "a"}) == []
+
+
+def test_room_is_needed_for_what_stays_and_one_more(tmp_path):
+    run = short_run()
+    one = disk.checkpoint_bytes(run, 512)
+    # Two layers of 4 x 64 x 64 and 3 x 64 x 128, two norms each and one at the end, embeddings.
+    assert one == 12 * (512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 128) + 64)
+    much = 2**31
+    nodes = {"a": {"checkpoints": 3 * one, "temporary": much},
+             "b": {"checkpoints": 3 * one - 1, "temporary": much},
+             "c": {"checkpoints": one - 1, "temporary": much},
+             "d": {"checkpoints": 3 * one, "temporary": 5},
+             "e": {"error": "Permission denied (/x)"}}  # fmt: skip
+    levels = [result.level for result in disk.judge(nodes, one, 2)]
+    assert levels == ["ok", "warn", "fail", "warn", "fail"]
+    folders = disk.places(run, tmp_path / "not" / "there")
+    assert folders["checkpoints"] == tmp_path / "not" / "there" / "checkpoints"
+    assert disk.probe(folders)["checkpoints"] > 0
+    away = short_run(checkpoint={"where": "s3://bucket/prefix"})
+    assert "checkpoints" not in disk.places(away, tmp_path)
+
+
+class _Dashboard(http.server.BaseHTTPRequestHandler):
+    status = 401
+
+    def do_GET(self):
+        self.send_response(self.status if self.path == "/api/jobs/" else 404)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(("status", "level"), [(401, "ok"), (200, "warn"), (500, "warn")])
+def test_a_dashboard_that_asks_for_no_token_is_told_of(status, level):
+    handler = type("Answer", (_Dashboard,), {"status": status})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = dashboard.judge(dashboard.probe(f"127.0.0.1:{server.server_port}"))
+        server.shutdown()
+    assert found.level == level and found.node == "cluster"
+
+
+def test_a_dashboard_that_is_not_there_is_told_of():
+    found = dashboard.judge(dashboard.probe("http://127.0.0.1:1"))
+    assert found.level == "warn" and "no clear answer" in found.found
+
+
+def test_the_node_that_nobody_reaches_is_to_blame():
+    assert cut_off({"a": ["b"], "b": ["a", "c"], "c": ["b"]}) == {"b": ["a", "c"]}
+    assert cut_off({"a": [], "b": [], "c": ["a", "b"]}) == {"c": ["a", "b"]}
+    assert cut_off({"a": ["b"], "b": ["a"]}) == {"b": ["a"]}
+    assert cut_off({"a": ["b"], "b": []}, keep=("b",)) == {"a": ["b"]}
+    assert cut_off({"a": [], "b": []}) == {}
+
+
+def test_connections_are_opened_and_refused():
+    listener = network.Listener("127.0.0.1")
+    peers = {"a": ("127.0.0.1", listener.port), "b": ("127.0.0.1", network.free_port("127.0.0.1"))}
+    assert network.reach(peers) == {"b": "connection refused"}
+    listener.close()
+    assert set(network.reach(peers)) == {"a", "b"}
+    with pytest.raises(OSError):
+        network.Listener("192.0.2.77")
+
+
+def test_every_node_is_tried_by_others_however_many_there_are():
+    names = [str(number) for number in range(100)]
+    tried = {other for name in names for other in network.neighbours(names, name)}
+    assert tried == set(names)
+    assert network.neighbours(["a", "b", "c"], "b") == ["c", "a"]
+
+
+def test_an_interface_is_found_by_its_name_or_named_as_missing():
+    assert network.address_of("lo", "10.0.0.1") == "127.0.0.1"
+    assert network.address_of(None, "10.0.0.1") == network.address_of("^docker", "10.0.0.1")
+    with pytest.raises(OSError, match=r"no interface nope0 .* there is .*lo"):
+        network.address_of("nope0", "10.0.0.1")
+
+
+def test_the_network_names_who_is_not_reached_and_why():
+    failed = {"a": {"c": "timed out"}, "b": {"c": "timed out"}, "c": {}}
+    found = list(network.judge(failed, None))
+    assert [result.level for result in found] == ["ok", "ok", "fail"]
+    assert found[2].found == "none with a, b (timed out)" and "interface" in found[2].fix
+
+
+def test_ranks_that_come_together_measure_what_they_carry():
+    port = network.free_port("127.0.0.1")
+    groups = [bandwidth.Group("127.0.0.1", port, first, 1, 2) for first in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda group: bandwidth.probe(group, None, 60), groups))
+    assert all(part["bytes_per_s"] > 0 for part in found), found
+    nodes = {"a": {"bytes_per_s": 1.0}, "b": {"error": "no answer"}, "c": {"bytes_per_s": 5e8}}
+    assert [r.level for r in bandwidth.judge("between", nodes, gpu=False)] == ["warn", "fail", "ok"]
+    assert [r.level for r in bandwidth.judge("inside", nodes, gpu=True)] == ["warn", "fail", "warn"]
+
+
+def test_a_rank_that_stays_alone_fails_in_time():
+    alone = bandwidth.Group("127.0.0.1", network.free_port("127.0.0.1"), 0, 1, 2)
+    assert bandwidth.probe(alone, None, 4) == {"error": "no answer within 4 s"}
+    nowhere = bandwidth.Group("127.0.0.1", network.free_port("127.0.0.1"), 0, 1, 1)
+    assert "nope0" in bandwidth.probe(nowhere, "nope0", 30)["error"]
+
+
+def test_a_child_that_fails_says_why(tmp_path):
+    with pytest.raises(child.ChildError, match="No module named"):
+        child.run_children("no_such_module", [{}], 30)
+
+
+def node(number, cores=2, gpus=0):
+    return Node(id=f"{number}" * 56, address=f"10.0.0.{number}", gpus=gpus, cores=cores)
+
+
+def report(*failing, nodes=()):
+    nodes = nodes or (node(1), node(2), node(3))
+    results = [Result(n.name, "clock", "ok", "0 s", "2 s") for n in nodes]
+    results += [Result(n.name, "disk", "warn", "1 GiB", "2 GiB", "free some") for n in nodes[:1]]
+    results += [
+        Result(n.name, "versions", "fail", "torch 1", "torch 2", "mend it") for n in failing
+    ]
+    return Report(nodes, results, 1.5)
+
+
+def test_nodes_that_failed_are_left_out_and_warnings_are_not():
+    assert healthy(report(node(2))) == (node(1), node(3))
+    assert require(report(node(2)), 4) == (node(1), node(3))
+
+
+def test_too_few_nodes_are_an_error_that_says_what_each_lacks():
+    with pytest.raises(RunError) as caught:
+        require(report(node(2), node(3)), 4)
+    text = str(caught.value)
+    assert "room for 4 ranks, and the nodes that are fit (1 of 3) have room for 2" in text
+    assert "10.0.0.2 (22222222): versions: found torch 1; expected torch 2; fix: mend it" in text
+    assert "10.0.0.1 (11111111): fit, 2 CPU cores" in text and "ranks_at_least to 2" in text
+
+
+def test_cores_do_not_count_where_nodes_have_gpus():
+    nodes = (node(1, gpus=8), node(2, cores=64))
+    assert require(report(nodes=nodes), 8) == nodes
+    with pytest.raises(RunError):
+        require(report(nodes[0], nodes=nodes), 8)
+
+
+def test_a_report_is_a_table_and_a_file(tmp_path):
+    found = report(node(2))
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(render(found))
+    lines = capture.get().splitlines()
+    assert lines[0].startswith("preflight: 2 of 3 nodes are fit, in 1.5 s")
+    assert any(line.split()[:3] == ["3", "nodes", "clock"] for line in lines)
+    assert any("10.0.0.2 (22222222)" in line and "fail" in line for line in lines)
+    found.write(tmp_path)
+    written = json.loads((tmp_path / "preflight.json").read_text())
+    assert written["healthy"] == [node(1).id, node(3).id]
+    assert written["results"][-1]["level"] == "fail"
+    with pytest.raises(RunError, match="cannot be written"):
+        found.write(tmp_path / "nowhere")

@@ -1,0 +1,219 @@
+"""Rendered manifests and scripts: as the golden files have them, valid, and without secrets.
+
+`python tests/cluster/test_render.py` writes the golden files anew; look at what it changes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from longspan.cluster.render import k8s
+from longspan.cluster.render.order import Order, Wanted, label, take
+from longspan.cluster.render.slurm import render_slurm
+from longspan.errors import LongspanError, RunError
+from longspan.recipes.loading import load_recipe
+
+HERE = Path(__file__).parent
+SCHEMA = json.loads((HERE / "rayjob_schema.json").read_text())
+ORDER = Order(
+    run_id="stretch-260102-abcdef",
+    name="stretch",
+    text="# The resolved recipe of stretch.\nseed: 1234\nranks: 16\n",
+    ranks=16,
+    nodes=2,
+    gpus=8,
+    cores=96,
+    storage="/shared/longspan",
+    grace_s=600,
+    secrets={"WANDB_API_KEY": "/run/secrets/wandb"},
+    interface="eth0",
+)
+PLAIN = replace(ORDER, run_id="smoke-1", name="smoke", ranks=1, nodes=1, gpus=0, cores=2,
+                secrets={}, interface=None)  # fmt: skip
+CASES = {
+    "rayjob.yaml": lambda: k8s.render_k8s(ORDER, "registry.example/longspan:1", "scratch"),
+    "rayjob_plain.yaml": lambda: k8s.render_k8s(PLAIN, "longspan:1", "longspan"),
+    "slurm.sh": lambda: render_slurm(ORDER),
+    "slurm_plain.sh": lambda: render_slurm(PLAIN),
+    "slurm_torchrun.sh": lambda: render_slurm(ORDER, ray=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def version(monkeypatch):
+    monkeypatch.setattr(k8s, "__version__", "1.2.3")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_rendered_is_the_golden_file(name):
+    assert CASES[name]() == (HERE / "golden" / name).read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(".sh")])
+def test_scripts_are_bash(name, tmp_path):
+    script = tmp_path / "script.sh"
+    script.write_text(CASES[name]())
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    script.write_text(CASES[name]().replace("trap stop TERM", "trap stop TERM ("))
+    assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "rayjob_plain.yaml"])
+def test_manifests_are_rayjobs(name):
+    recipe, job = yaml.safe_load_all(CASES[name]())
+    jsonschema.validate(job, SCHEMA)
+    assert recipe["kind"] == "ConfigMap"
+    for pod in pods(job):
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["serviceType"] = "LoadBalancer"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, SCHEMA)
+
+
+def pods(job):
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+def test_a_manifest_asks_for_the_nodes_of_the_run_and_opens_nothing():
+    _, job = yaml.safe_load_all(CASES["rayjob.yaml"]())
+    head, workers = pods(job)
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert group["replicas"] == 2
+    resources = workers["containers"][0]["resources"]
+    assert resources["limits"] == {"cpu": "96", "nvidia.com/gpu": "8"}
+    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+    text = CASES["rayjob.yaml"]()
+    for word in (
+        "hostNetwork",
+        "hostPort",
+        "NodePort",
+        "LoadBalancer",
+        "dashboard-host",
+        "0.0.0.0",
+    ):
+        assert word not in text
+
+
+def test_the_driver_gets_secrets_by_path_and_its_recipe_from_the_manifest():
+    recipe, job = yaml.safe_load_all(CASES["rayjob.yaml"]())
+    assert recipe["data"]["recipe.yaml"] == ORDER.text
+    entrypoint = job["spec"]["entrypoint"]
+    assert "--secrets WANDB_API_KEY=/run/secrets/wandb --interface eth0" in entrypoint
+    from longspan.cluster.driver import _parse
+
+    options, file = _parse(entrypoint.split()[4:])
+    assert str(file) == "/etc/longspan/recipe.yaml" and options.run_id == ORDER.run_id
+
+
+def test_no_value_of_a_secret_is_rendered(monkeypatch):
+    key = "0123456789abcdef" * 2
+    for name in ("WANDB_API_KEY", "RAY_AUTH_TOKEN", "HF_TOKEN"):
+        monkeypatch.setenv(name, key)
+    assert not any(key in render() for render in CASES.values())
+
+
+def test_torchrun_needs_ranks_that_divide():
+    with pytest.raises(RunError, match="15 ranks do not divide into 2 nodes"):
+        render_slurm(replace(ORDER, ranks=15), ray=False)
+    assert "--nproc-per-node=6" in render_slurm(replace(ORDER, ranks=12), ray=False)
+
+
+def test_names_are_those_of_kubernetes():
+    assert label("Llama-3.1_8B--x") == "llama-3-1-8b-x"
+    assert label("a" * 39 + "-" + "b" * 20) == "a" * 39
+    assert label("...") == "run"
+
+
+def wanted(**more):
+    return Wanted(recipe="quickstart", storage="/shared/longspan", **more)
+
+
+def test_an_order_takes_the_nodes_that_the_run_needs():
+    order = take(wanted(nodes=8, gpus=1))
+    assert (order.nodes, order.gpus, order.ranks) == (2, 1, 2)
+    assert order.run_id.startswith("quickstart-")
+    assert take(wanted(nodes=8, cores=4, run_id="mine")).nodes == 1
+    resolved = yaml.safe_load(order.text)
+    assert resolved == load_recipe("quickstart", []).run().model_dump(mode="json")
+
+
+def test_an_order_reads_the_cluster(tmp_path, monkeypatch):
+    file = tmp_path / "clusters.yaml"
+    file.write_text("clusters: {lab: {address: 'http://10.0.0.1:8265', storage: /data, "
+                    "nodes: {count: 4, gpus: 8, cores: 64}, secrets: {HF_TOKEN: /keys/hf}, "
+                    "interface: ib0}}")  # fmt: skip
+    monkeypatch.setenv("LONGSPAN_CLUSTERS", str(file))
+    order = take(Wanted(recipe="quickstart", cluster="lab"))
+    assert (order.nodes, order.gpus, order.cores) == (1, 8, 64)
+    assert (order.storage, order.interface, order.secrets) == (
+        "/data",
+        "ib0",
+        {"HF_TOKEN": "/keys/hf"},
+    )
+    assert take(Wanted(recipe="quickstart", cluster="lab", storage="/other")).storage == "/other"
+
+
+MISTAKES = {
+    "no nodes": ({}, "the nodes are not known"),
+    "no cores": ({"nodes": 2}, "the nodes are not known"),
+    "too few": ({"nodes": 1, "gpus": 1}, "at most 1 GPU"),
+    "an id": ({"nodes": 2, "cores": 1, "run_id": "a/b"}, "cannot be the id"),
+    "a relative storage": ({"nodes": 2, "cores": 1, "storage": "here"}, "--storage here is not"),
+    "no such cluster": ({"cluster": "nowhere"}, "no cluster is named `nowhere`"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGSPAN_CLUSTERS", str(tmp_path / "none.yaml"))
+    changes, part = MISTAKES[name]
+    with pytest.raises(LongspanError, match=part):
+        take(replace(wanted(), **changes))
+
+
+SHIMS = {
+    "srun": 'while [[ "$1" == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n',
+    "hostname": 'echo "127.0.0.1 "\n',
+    "scontrol": 'echo "$@" >> "$SHIM_LOG"\n',
+}
+
+
+def test_a_script_with_torchrun_trains_and_cleans_up(tmp_path):
+    """Slurm's own commands are stood in for; the script and all that it starts are real."""
+    from longspan import cli
+
+    for name, body in SHIMS.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + body)
+        (tmp_path / name).chmod(0o755)
+    script, storage = tmp_path / "job.sh", tmp_path / "storage"
+    storage.mkdir()
+    order = take(Wanted("smoke", ["ranks=1", "stages.1.parallel.context=1",
+                                  "tracking.wandb=off", "stages.0.tokens=1K", "stages.1.tokens=1K",
+                                  "evaluation.documents=0"],
+                        storage=str(storage), nodes=1, cores=1, run_id="smoke-1"))  # fmt: skip
+    script.write_text(render_slurm(order, ray=False))
+    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    home = str(Path(cli.__file__).parents[1])
+    variables = {"PATH": path, "PYTHONPATH": home, "SLURM_JOB_ID": "77",
+                 "SHIM_LOG": str(tmp_path / "log"), "LONGSPAN_HOME": str(tmp_path / "home")}  # fmt: skip
+    done = subprocess.run(["bash", script], env={**os.environ, **variables}, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=180, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert (storage / "runs" / "smoke-1" / "complete.json").exists()
+    assert [*(storage / "slurm").iterdir()] == [] and not (tmp_path / "log").exists()
+
+
+if __name__ == "__main__":
+    k8s.__version__ = "1.2.3"
+    for golden, make in CASES.items():
+        (HERE / "golden" / golden).write_text(make())

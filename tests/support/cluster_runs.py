@@ -1,0 +1,40 @@
+"""A tiny run for clusters, and what `longspan train` makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from support.kills import tiny_settings
+from support.unkilled import Reference
+
+EVERY = 4
+STEPS = 160
+_LOCAL = """
+import json, sys
+from pathlib import Path
+from longspan.trainer.launch import train
+from longspan.trainer.settings import RunSettings
+sys.exit(train(RunSettings.model_validate(json.loads(sys.argv[1])), "tiny", Path(sys.argv[2])))
+"""
+
+
+def cluster_run(texts: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of one stage on two data ranks."""
+    raw = tiny_settings(texts, 2 * STEPS, EVERY)
+    return {**raw, "stages": raw["stages"][:1], **changes}
+
+
+def local_reference(texts: Path, run_dir: Path, **changes: Any) -> Reference:
+    """The run by `longspan train`, which kept all of its checkpoints."""
+    kept = cluster_run(texts, checkpoint={"every": EVERY, "keep": STEPS}, **changes)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOCAL, json.dumps(kept), str(run_dir)],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Reference(run_dir)
