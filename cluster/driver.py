@@ -31,7 +31,7 @@ from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED, USER_ERRO
 from ..trainer.observe.attempts import ended, launched, queued
 from ..trainer.observe.events import EventLog, newest_attempt
 from ..trainer.observe.summary import render_complete
-from ..trainer.observe.tracking import check_tracking
+from ..trainer.observe.wandb_account import check_tracking
 from ..trainer.run_directory import RunDirectory, create_or_open
 from ..trainer.settings import RunSettings
 from .budgets import Budgets
@@ -81,7 +81,7 @@ class Options:
     wait: float = 300.0
     interval: float = 2.0
     floor: float = 300.0
-    first: float = 3600.0
+    first: float = 7200.0
     command: tuple[str, ...] = WORKER
     preflight: bool = True
 

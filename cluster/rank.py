@@ -33,6 +33,7 @@ from ..trainer.failure import (
 )
 from ..trainer.heartbeat import HEARTBEAT
 from ..trainer.observe.attempts import ATTEMPT
+from ..trainer.redacted_log import RedactedLog
 from ..trainer.run_directory import RunDirectory
 from ..trainer.stopping import SAVE_SIGNAL
 from .stacks import dump, flight_recorder
@@ -134,6 +135,7 @@ class Rank:
         self._dumped = False
         self._told_at = math.inf
         self._noticed = False
+        self._log: RedactedLog | None = None
         self._leaving: tuple[str, ...] = ()
         """Nodes of the gang that Ray is about to lose."""
 
@@ -170,18 +172,21 @@ class Rank:
         return self._ray.get(answer, timeout=_JOIN_S)
 
     def _start(self, given: Assignment) -> subprocess.Popen[bytes]:
-        log = (self._directory.logs / f"rank-{self._rank}.log").open("ab")
-        with log, _shared_lock(self._directory.path / RANKS_LOCK) as held, _only_save_blocked():
+        path = self._directory.logs / f"rank-{self._rank}.log"
+        environment = self._environment(given)
+        self._log = RedactedLog(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+        with _shared_lock(self._directory.path / RANKS_LOCK) as held, _only_save_blocked():
             child = subprocess.Popen(
                 [*self._task.command, str(self._directory.path)],
-                env=self._environment(given),
+                env=environment,
                 cwd=self._working_directory(),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=self._log.fileno(),
+                stderr=self._log.fileno(),
                 start_new_session=True,
                 pass_fds=[held],
             )
+        self._log.start()
         self._station.started(self._rank, child.pid)
         return child
 
@@ -214,7 +219,10 @@ class Rank:
             )
         if task.exactness is not None:
             environment[CONSENT] = task.exactness
-        return environment | read_secrets(task.secrets)
+        secrets = read_secrets(task.secrets)
+        # What the rank prints goes through here, and cannot be redacted without knowing them.
+        os.environ.update(secrets)
+        return environment | secrets
 
     def _mind(self, child: subprocess.Popen[bytes], first: bool) -> int:
         """Wait for the end of the process; meanwhile tell and follow orders."""
@@ -235,6 +243,8 @@ class Rank:
                 time.sleep(_POLL_S)
         finally:
             self._end(child)
+            if self._log is not None:
+                self._log.close()
             if first:
                 self._station.close()
         return code

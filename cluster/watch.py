@@ -97,7 +97,7 @@ class NodeReport:
         node: Ray's number of it.
         step: The last that a rank there works on.
         overdue: Its ranks that are late.
-        own_s: Seconds of the last step that each rank computed and did not wait.
+        own_s: Seconds of a step that each rank computes and does not wait, over the last ones.
         dumped: Whether the stacks of its ranks are written.
     """
 
@@ -237,10 +237,12 @@ class Watch:
         self.calls += 1
         if attempt != self._attempt:
             return "end"
+        before = self._reports.get(report.node)
         self._reports[report.node] = report
         self._heard[report.node] = self._clock()
         self._look_for_hangs()
-        self._look_for_stragglers(report)
+        if before is None or report.step > before.step:  # else it is the same step once more
+            self._look_for_stragglers(report)
         return self._order
 
     def ended(self, attempt: int, rank: int, end: End) -> None:

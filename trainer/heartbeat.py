@@ -23,6 +23,7 @@ Section = Literal["start_up", "open", "canary", "step", "evaluation", "save", "p
 _SECTIONS: tuple[Section, ...] = get_args(Section)
 # Times before the first step of a stage: compilers and caches make that one slow.
 _BEFORE_STEPS = ("start_up", "open", "canary")
+_SMOOTHING = 0.1
 _FORM = struct.Struct(f"<QBB6xqdd{len(_SECTIONS)}dQ")
 
 
@@ -35,7 +36,7 @@ class Beat:
         warm: Whether it has been there before, so that its time then says what to expect.
         step: The step of the run that it works on; 0 before the first.
         begun: When it began that, in seconds of the machine's monotonic clock.
-        own_s: Seconds of the last step that it computed and did not wait for others.
+        own_s: Seconds of a step that it computes and does not wait for others, over the last ones.
         longest: The longest time in each section that it has left, in seconds.
     """
 
@@ -57,7 +58,7 @@ class Heartbeat:
     def __init__(self, path: Path | None = None) -> None:
         self._count, self._longest = 0, dict.fromkeys(_SECTIONS, 0.0)
         self._section: Section = "start_up"
-        self._warm, self._begun, self.own_s = False, time.monotonic(), 0.0
+        self._warm, self._begun, self._own_s = False, time.monotonic(), 0.0
         self._cold = False
         """Whether all that is known of steps is the first one, which is slower than the others."""
         self._memory: mmap.mmap | None = None
@@ -79,10 +80,16 @@ class Heartbeat:
         self._section, self._begun = section, now
         self._write(step)
 
+    def computed(self, seconds: float) -> None:
+        """What the rank computed itself of a step, in seconds; 0 where it is not known."""
+        if seconds > 0:
+            weight = _SMOOTHING if self._own_s > 0 else 1.0
+            self._own_s += weight * (seconds - self._own_s)
+
     def _note(self, seconds: float, following: Section) -> None:
         """Learn from a section that ends how long it may take."""
         if following == "open":  # another stage: what the last one took says nothing of it
-            self._longest = dict.fromkeys(_SECTIONS, 0.0)
+            self._longest, self._own_s = dict.fromkeys(_SECTIONS, 0.0), 0.0
         elif self._section != "step":
             self._longest[self._section] = max(self._longest[self._section], seconds)
         elif not self._warm:
@@ -105,7 +112,7 @@ class Heartbeat:
             self._warm,
             step,
             self._begun,
-            self.own_s,
+            self._own_s,
             *self._longest.values(),
             self._count,
         )

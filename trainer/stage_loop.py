@@ -148,7 +148,7 @@ class StageLoop:
 
     def _tell(self, cursor: Cursor) -> None:
         """Let whoever watches know that the step after a cursor begins."""
-        self.beat.own_s = self.engine.own_time.seconds()
+        self.beat.computed(self.engine.own_time.seconds())
         self.beat.enter("step", cursor.step + 1)
 
     def _must_report(self, cursor: Cursor) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -35,6 +36,28 @@ def a_users_error_ends_the_run_at_once(cluster, reference, texts, tmp_path):
     assert drive.ends() == 2, drive.text()
     said = drive.said()
     assert "error:" in said and "nothing.txt" in said and "fix:" in said
+    assert "Traceback" not in said and "retry" not in said
+    assert len(drive.events("launched")) == 1
+
+
+def a_full_disk_ends_the_run_at_once(cluster, reference, texts, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(words, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a small disk needs the right to mount one")
+    try:
+        full = {"every": EVERY, "where": str(disk), "tries": 1, "misses": 1}
+        drive = Drive(cluster, cluster_run(texts, checkpoint=full), tmp_path / "run", *QUICK)
+        assert drive.ends() == 2, drive.text()
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+    said = drive.said()
+    assert "no space is left" in said and "free some space" in said
     assert "Traceback" not in said and "retry" not in said
     assert len(drive.events("launched")) == 1
 
@@ -95,6 +118,7 @@ def fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
 
 ENDINGS = (
     a_users_error_ends_the_run_at_once,
+    a_full_disk_ends_the_run_at_once,
     a_spent_budget_ends_the_run,
     a_stopped_and_a_killed_driver_lose_nothing,
     fewer_ranks_do_where_they_may,

@@ -19,7 +19,8 @@ class Clock:
 def test_a_beat_says_what_a_rank_is_at(tmp_path, monkeypatch):
     monkeypatch.setenv(HEARTBEAT, str(tmp_path / "beat"))
     clock, beat = Clock(monkeypatch), open_heartbeat()
-    beat.own_s = 0.25
+    for seconds in (0.0, 0.25, 0.0, 0.25):
+        beat.computed(seconds)
     clock.now += 7
     beat.enter("step", 3)
     read = read_beat(tmp_path / "beat")
@@ -48,6 +49,16 @@ def test_the_first_step_of_a_stage_teaches_until_another_one_does(tmp_path, monk
     assert limit(enter("save", 0.1)) == 10
     enter("open", 1)
     assert limit(enter("save", 1)) == 60  # another stage, of which nothing is known
+
+
+def test_one_slow_step_does_not_make_a_slow_rank(tmp_path):
+    beat = Heartbeat(tmp_path / "beat")
+    for seconds in (1.0,) * 9 + (3.0,):
+        beat.computed(seconds)
+    beat.enter("step", 10)
+    assert abs(read_beat(tmp_path / "beat").own_s - 1.2) < 1e-9
+    beat.enter("open")
+    assert read_beat(tmp_path / "beat").own_s == 0
 
 
 def test_without_a_reader_nothing_is_written_and_a_beat_costs_next_to_nothing(tmp_path):

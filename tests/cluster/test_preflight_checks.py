@@ -54,6 +54,12 @@ def test_another_cuda_driver_is_a_warning_and_a_tie_is_decided_by_ours():
     assert level_of(results, "b")[:2] == ("warn", "CUDA driver 580")
 
 
+def test_nodes_that_come_later_have_to_be_like_those_in_use():
+    newer = {**SAME, "torch": "2.11"}
+    assert next(iter(versions.judge({"late": newer}, SAME))).level == "fail"
+    assert next(iter(versions.judge({"late": SAME}, SAME))).level == "ok"
+
+
 def test_versions_of_this_node_are_those_of_its_packages():
     found = versions.probe()
     assert found["torch"][0].isdigit() and found["megatron-core"][0].isdigit()

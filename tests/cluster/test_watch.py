@@ -129,9 +129,9 @@ def test_the_rank_that_is_behind_is_to_blame_and_without_one_nobody_is():
 def test_a_straggler_is_told_once():
     watch, _ = joined(4, 2)
     told = []
-    for _ in range(20):
-        watch.report(3, NodeReport("node-0", 5, own_s={0: 1.0, 1: 1.1}))
-        watch.report(3, NodeReport("node-1", 5, own_s={2: 1.0, 3: 1.9}))
+    for step in range(20):
+        watch.report(3, NodeReport("node-0", step, own_s={0: 1.0, 1: 1.1}))
+        watch.report(3, NodeReport("node-1", step, own_s={2: 1.0, 3: 1.9}))
         told += watch.news().stragglers
     assert [(s.rank, s.node, s.own_s, s.typical_s) for s in told] == [(3, "node-1", 1.9, 1.0)]
 
@@ -140,8 +140,16 @@ def test_a_rank_that_is_slow_now_and_then_is_none():
     watch, _ = joined(4, 2)
     for number in range(40):
         slow = 1.9 if number % 5 else 1.0
-        watch.report(3, NodeReport("node-0", 5, own_s={0: 1.0, 1: 1.0}))
-        watch.report(3, NodeReport("node-1", 5, own_s={2: 1.0, 3: slow}))
+        watch.report(3, NodeReport("node-0", number, own_s={0: 1.0, 1: 1.0}))
+        watch.report(3, NodeReport("node-1", number, own_s={2: 1.0, 3: slow}))
+    assert watch.news().stragglers == ()
+
+
+def test_a_step_that_lasts_is_counted_once():
+    watch, _ = joined(4, 2)
+    for _ in range(40):
+        watch.report(3, NodeReport("node-0", 7, own_s={0: 1.0, 1: 1.0}))
+        watch.report(3, NodeReport("node-1", 7, own_s={2: 1.0, 3: 9.0}))
     assert watch.news().stragglers == ()
 
 

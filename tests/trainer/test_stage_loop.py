@@ -64,8 +64,13 @@ def train(run, step=0, peak=None, wrong=False):
 
     class Beats(Heartbeat):
         def enter(self, section, step=0):
-            heard.beats.append((section, step, self.own_s))
+            heard.beats.append((section, step, self.last_s))
             super().enter(section, step)
+
+        def computed(self, seconds):
+            self.last_s = seconds
+
+        last_s = 0.0
 
     given |= {"bad": BadSteps(run.recovery), "beat": Beats()}
     then = {"stop": StopRequest(), "evaluate": lambda at: None}
