@@ -35,6 +35,7 @@ from .observe.observer import Observer
 from .observe.tracking import identity
 from .open_stage import OpenStage
 from .plan import plan_stage
+from .platform import barrier
 from .run_directory import RunDirectory, settings_hash, write_atomically
 from .saves import Saves
 from .settings import RunSettings, StageSettings
@@ -229,7 +230,7 @@ class Run:
     def _corpus(self, settings: StageSettings) -> Corpus:
         """The stage's documents. Rank 0 comes first, so that it is the one that shows progress."""
         if not self.first:
-            dist.barrier()
+            barrier()
         corpus = prepare_corpus(
             settings.data,
             self.run.tokenizer,
@@ -238,7 +239,7 @@ class Run:
             progress=self.first,
         )
         if self.first:
-            dist.barrier()
+            barrier()
         return corpus
 
     def _train_stage(self, stage: OpenStage, cursor: Cursor) -> StageEnd:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 # Parameters of mallopt, see malloc.h of the GNU C library.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -25,6 +26,14 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend for this machine."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def barrier() -> None:
+    """Wait for all ranks; NCCL wants to be told the device, and warns the user if it is not."""
+    if torch.cuda.is_available():
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+    else:
+        dist.barrier()
 
 
 def processor() -> str:

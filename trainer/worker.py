@@ -38,7 +38,7 @@ def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
 
     from .loop import Run
     from .observe.observer import open_observer
-    from .platform import backend, set_up
+    from .platform import backend, barrier, set_up
     from .run_directory import RunDirectory
 
     directory = RunDirectory(run_dir)
@@ -51,7 +51,7 @@ def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
     finally:
         beat.enter("end")
         observer.close()
-    dist.barrier()
+    barrier()
     dist.destroy_process_group()
     return complete
 

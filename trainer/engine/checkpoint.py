@@ -18,6 +18,7 @@ from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.index import INDEX, build_index
 from ..checkpoint.shard import Piece, Staging, shard_name, stage
 from ..checkpoint.stored import StoredState
+from ..platform import barrier
 from .engine import Engine
 from .partition import EMBEDDING, global_names, is_added, place_of
 
@@ -110,7 +111,7 @@ def save_engine(engine: Engine, folder: Path) -> None:
         steps = {key: count for _, _, counts in told for key, count in counts.items()}
         index = build_index(model_dtype(engine), [at[:2] for at in told], steps)
         (folder / INDEX).write_bytes(index.to_json())
-    dist.barrier()
+    barrier()
 
 
 def load_engine(engine: Engine, folder: Path, *, optimizer: bool) -> list[str]:
