@@ -315,6 +315,22 @@ def test_a_job_that_ray_cannot_start_says_why(longspan, dashboard, lab, monkeypa
     monkeypatch.setattr(Jobs, "upload", lambda *_: "gcs://gone.zip")
     assert longspan("resume", "mine")[0] == 0
     why = "Ray says: runtime_env setup failed: Failed to set up. ... OSError: no package"
-    assert "mine: failed\n" in (out := longspan("status", "mine")[1]) and why in out
+    out = longspan("status", "mine")[1]
+    assert out.startswith("mine: failed\n") and why in out
     assert longspan("logs", "mine") == (0, "", f"note: {why}\n")
     assert longspan("logs", "-f", "mine") == (1, "", f"\nmine: failed: {why}\n")
+
+
+def test_a_run_that_failed_says_why(longspan, dashboard, folder):
+    job = dashboard.jobs["mine-1"]
+    dashboard.end(job, "FAILED", 2)
+    assert longspan("status", "mine")[1].startswith(
+        "mine: failed: its driver ended with exit code 2\n"
+    )
+    directory = folder(3, None)
+    dashboard.end(job, "FAILED", -9)
+    assert longspan("status", "mine")[1].startswith(
+        "mine: failed: its driver was killed by signal 9\n"
+    )
+    EventLog(directory.events, 1).write("ended", code=1, how="failed", reason="it broke")
+    assert longspan("status", "mine")[1].startswith("mine: failed: it broke\n")
