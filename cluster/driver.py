@@ -40,7 +40,7 @@ from .crews import Crews
 from .gang import ENVIRONMENT, Crew, Gang
 from .nodes import Node
 from .preflight.preflight import preflight
-from .rank import RANKS_LOCK, WORKER, Task
+from .rank import RANKS_LOCK, Task
 from .recovery import recovery_line
 from .voice import Voice
 from .watch import Watch
@@ -67,7 +67,6 @@ class Options:
         interval: Seconds between two reports of a node.
         floor: Seconds that anything may take before it is a hang.
         first: Seconds that something may take of which nothing is known yet.
-        command: Of one rank, without its argument.
         preflight: Whether nodes are looked at before they are used.
     """
 
@@ -82,7 +81,6 @@ class Options:
     interval: float = 2.0
     floor: float = 300.0
     first: float = 7200.0
-    command: tuple[str, ...] = WORKER
     preflight: bool = True
 
 
@@ -138,18 +136,15 @@ class Driver:
             attempt = queued(directory.events)
             try:
                 crew = crews.next(self._options.wait, lambda: self._signals > 0)
+                if crew is None:
+                    ended(directory.events, attempt, STOPPED)
+                    return Verdict("stopped", STOPPED)
+                watch = self._begin(watch, attempt, crew)
+                self._announce(directory, store, attempt, crew)
+                verdict = self._attempt(directory, attempt, crew, watch)
             except LongspanError as error:
                 ended(directory.events, attempt, error.exit_code)
                 raise
-            if crew is None:
-                ended(directory.events, attempt, STOPPED)
-                return Verdict("stopped", STOPPED)
-            watch = self._begin(watch, attempt, crew)
-            self._announce(directory, store, attempt, crew)
-            clear_failures(directory.path)
-            launched(directory.events, attempt, ranks=len(crew.places), nodes=list(crew.nodes))
-            task = self._task(directory, attempt, watch)
-            verdict = Gang(directory, task, crew, self._voice, lambda: self._signals).run()
             ended(directory.events, attempt, verdict.code, verdict.failure)
             if verdict.cause not in ("infrastructure", "preemption"):
                 return verdict
@@ -162,6 +157,13 @@ class Driver:
                 return verdict
             self._voice.say(f"{words}: {self._budgets.words(verdict.cause)}")
             _wait_for_ranks(directory)
+
+    def _attempt(self, directory: RunDirectory, attempt: int, crew: Crew, watch: Any) -> Verdict:
+        """One gang, from its start to its end."""
+        clear_failures(directory.path)
+        launched(directory.events, attempt, ranks=len(crew.places), nodes=list(crew.nodes))
+        task = self._task(directory, attempt, watch)
+        return Gang(directory, task, crew, self._voice, lambda: self._signals).run()
 
     def _look_at(self, directory: RunDirectory, nodes: Sequence[Node]) -> dict[str, str]:
         """What is wrong with nodes, by id."""
@@ -197,7 +199,6 @@ class Driver:
             secrets=dict(options.secrets),
             interface=options.interface,
             exactness=options.exactness,
-            command=options.command,
         )
 
     def _begin(self, watch: Any, attempt: int, crew: Crew) -> Any:

@@ -55,9 +55,14 @@ def has_gone(node: Node) -> bool:
 
 
 def alive_nodes() -> tuple[Node, ...]:
-    """The nodes of the cluster that this process is connected to, by address."""
-    import ray
+    """The nodes of the cluster that this process is connected to, by address.
 
+    Without those that are about to be taken away: Ray puts nothing on them any more.
+    """
+    import ray
+    from ray._private.state import state
+
+    leaving = state.get_draining_nodes()
     found = [
         Node(
             id=entry["NodeID"],
@@ -67,6 +72,6 @@ def alive_nodes() -> tuple[Node, ...]:
             port=int(entry["NodeManagerPort"]),
         )
         for entry in ray.nodes()
-        if entry["Alive"]
+        if entry["Alive"] and entry["NodeID"] not in leaving
     ]
     return tuple(sorted(found, key=lambda node: (node.address, node.id)))

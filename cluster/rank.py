@@ -40,7 +40,7 @@ from .stacks import dump, flight_recorder
 from .station import Station
 from .watch import Assignment, End, NodeReport, Order, Place
 
-WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
+_WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
 RANKS_LOCK = "ranks.lock"
 """Held, shared, by every rank's process: whoever starts another gang waits until it is free."""
 
@@ -70,7 +70,6 @@ class Task:
         interface: Of the network between the nodes; None: as NCCL and gloo find it.
         exactness: The level that this launch may fall to, for the environment; None: as the run
             says.
-        command: Of one rank, without its argument.
     """
 
     run_dir: str
@@ -83,7 +82,6 @@ class Task:
     secrets: Mapping[str, str] = field(default_factory=dict)
     interface: str | None = None
     exactness: str | None = None
-    command: tuple[str, ...] = WORKER
 
 
 def work(config: dict[str, Any]) -> int:
@@ -177,7 +175,7 @@ class Rank:
         self._log = RedactedLog(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
         with _shared_lock(self._directory.path / RANKS_LOCK) as held, _only_save_blocked():
             child = subprocess.Popen(
-                [*self._task.command, str(self._directory.path)],
+                [*_WORKER, str(self._directory.path)],
                 env=environment,
                 cwd=self._working_directory(),
                 stdin=subprocess.DEVNULL,

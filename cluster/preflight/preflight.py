@@ -20,10 +20,10 @@ from .result import Result
 
 LIMIT_S = 60.0
 _USUAL_VOCAB = 2**17
-_LOOK_S = 35.0
+_LOOK_S = 30.0
 _MEET_S = 14.0
-_LAST_S = 3.0
-"""That are left for cleaning up."""
+_LAST_S = 6.0
+"""That are left for the dashboard and for cleaning up."""
 
 
 def preflight(

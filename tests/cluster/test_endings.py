@@ -57,7 +57,7 @@ def a_full_disk_ends_the_run_at_once(cluster, reference, texts, tmp_path):
     finally:
         subprocess.run(["umount", str(disk)], check=False)
     said = drive.said()
-    assert "no space is left" in said and "free some space" in said
+    assert "no space left" in said and "free some space" in said
     assert "Traceback" not in said and "retry" not in said
     assert len(drive.events("launched")) == 1
 
