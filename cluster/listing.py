@@ -13,7 +13,7 @@ from ..redact import redact_text
 from ..trainer.observe.terminal import duration
 from ..trainer.run_directory import RunDirectory
 from ..trainer.status import read_status, render_status
-from .jobs import Jobs
+from .jobs import Job, Jobs
 from .registry import Record
 from .standing import Standing, stand, stand_alone
 from .submission import cluster_of
@@ -64,22 +64,25 @@ def show_run(run: Record | RunDirectory) -> tuple[dict[str, Any], str]:
         status = read_status(run if isinstance(run, RunDirectory) else run.directory)
         return status.as_dict(), render_status(status)
     standing = stand_alone(run)
-    values, lines = standing.as_dict(), []
+    values, lines, reason = standing.as_dict(), [], ""
     if run.directory.is_run():
         status = read_status(run.directory)
         values |= {"folder": status.as_dict()}
+        reason = status.reason
         # The words of a live run ask nobody to resume it.
         state = "running" if standing.is_live else status.state
         lines = render_status(replace(status, directory=run.id, state=state)).splitlines()[1:]
     else:
         lines = _from_afar(standing)
-    return values, "\n".join([*_headline(standing), *lines])
+    return values, "\n".join([*_headline(standing, reason), *lines])
 
 
-def _headline(standing: Standing) -> list[str]:
+def _headline(standing: Standing, reason: str) -> list[str]:
     record, job = standing.record, standing.job
     assert record.cluster is not None
     words = _WORDS.get(standing.state, standing.state)
+    if standing.state == "failed" and (why := reason or _how(job)):
+        words += f": {why}"
     if standing.state == "stopped" and record.directory.is_run():
         words = "stopped, and saved"
     lines = [f"{record.id}: {words}"]
@@ -93,6 +96,15 @@ def _headline(standing: Standing) -> list[str]:
     if standing.note:
         lines.append(f"  note: {standing.note}")
     return lines
+
+
+def _how(job: Job | None) -> str:
+    """How a driver ended that failed."""
+    if job is None or job.exit_code is None:
+        return ""
+    if job.exit_code < 0:
+        return f"its driver was killed by signal {-job.exit_code}"
+    return f"its driver ended with exit code {job.exit_code}"
 
 
 def _from_afar(standing: Standing) -> list[str]:

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import LongspanError, RunError
 from ..recipes.recipe import NAME
 from ..trainer.run_directory import RunDirectory, write_atomically
+from .clusters import Cluster, load_clusters
 
 _LETTERS = "bcdfghjkmnpqrstvwxz"  # no vowels: an id is never a word
 _LONGEST = 80
@@ -202,7 +203,8 @@ def find_run(reference: str, registry: Registry | None = None) -> Record | RunDi
         return exact
     directory = RunDirectory(Path(reference))
     if directory.is_run() or "/" in reference or reference in (".", ".."):
-        return registry.of_folder(directory.path) or directory
+        known = registry.of_folder(directory.path) or _of_cluster(directory)
+        return known or directory
     records = registry.records()
     matches = [record.id for record in records if record.id.startswith(reference)]
     if len(matches) == 1:
@@ -214,7 +216,37 @@ def find_run(reference: str, registry: Registry | None = None) -> Record | RunDi
             "\n".join([f"{len(matches)} runs begin with `{reference}`:", *lines]),
             "give more of the id; the newest is listed first",
         )
+    if re.fullmatch(NAME, reference) and (found := _on_storage(reference)) is not None:
+        return found
     raise _unknown(reference, directory, [record.id for record in records])
+
+
+def _on_storage(run_id: str) -> Record | None:
+    """A run that was submitted from another machine, where its cluster's storage is visible."""
+    for path in _storages():
+        if (found := _of_cluster(RunDirectory(path / run_id))) is not None:
+            return found
+    return None
+
+
+def _of_cluster(directory: RunDirectory) -> Record | None:
+    """The run in a folder, if that lies where a cluster keeps its runs."""
+    cluster = _storages().get(directory.path.parent)
+    if cluster is None or not directory.is_run():
+        return None
+    made = directory.read_environment()
+    place = Place(cluster.name, cluster.settings.address, cluster.settings.storage)
+    name = directory.path.name
+    created = float(made.get("created", 0.0))
+    return Record(name, str(made.get("recipe", name)), created, str(directory.path), place)
+
+
+def _storages() -> dict[Path, Cluster]:
+    """Where the clusters keep their runs; a file of clusters that is wrong names none."""
+    with suppress(LongspanError):
+        clusters = load_clusters().values()
+        return {Path(cluster.settings.storage) / "runs": cluster for cluster in clusters}
+    return {}
 
 
 def _unknown(reference: str, directory: RunDirectory, known: Sequence[str]) -> RunError:

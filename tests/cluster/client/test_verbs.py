@@ -315,6 +315,40 @@ def test_a_job_that_ray_cannot_start_says_why(longspan, dashboard, lab, monkeypa
     monkeypatch.setattr(Jobs, "upload", lambda *_: "gcs://gone.zip")
     assert longspan("resume", "mine")[0] == 0
     why = "Ray says: runtime_env setup failed: Failed to set up. ... OSError: no package"
-    assert "mine: failed\n" in (out := longspan("status", "mine")[1]) and why in out
+    out = longspan("status", "mine")[1]
+    assert out.startswith("mine: failed\n") and why in out
     assert longspan("logs", "mine") == (0, "", f"note: {why}\n")
     assert longspan("logs", "-f", "mine") == (1, "", f"\nmine: failed: {why}\n")
+
+
+def test_a_run_that_failed_says_why(longspan, dashboard, folder):
+    job = dashboard.jobs["mine-1"]
+    dashboard.end(job, "FAILED", 2)
+    assert longspan("status", "mine")[1].startswith(
+        "mine: failed: its driver ended with exit code 2\n"
+    )
+    directory = folder(3, None)
+    dashboard.end(job, "FAILED", -9)
+    assert longspan("status", "mine")[1].startswith(
+        "mine: failed: its driver was killed by signal 9\n"
+    )
+    EventLog(directory.events, 1).write("ended", code=1, how="failed", reason="it broke")
+    assert longspan("status", "mine")[1].startswith("mine: failed: it broke\n")
+
+
+def test_a_run_that_was_submitted_from_another_machine(
+    longspan, dashboard, folder, storage, tmp_path, monkeypatch
+):
+    """Its folder is where its cluster keeps runs: it is resumed there, not here."""
+    folder(3)
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 75)
+    monkeypatch.setenv("LONGSPAN_HOME", str(tmp_path / "elsewhere"))
+    for name in ("mine", f"{storage}/runs/mine"):
+        _, out, _ = longspan("status", name)
+        assert out.startswith("mine: stopped, and saved\n  cluster lab, job mine-1 failed ")
+    assert longspan("status", "min")[0] == 2
+    assert longspan("resume", f"{storage}/runs/mine")[0] == 0
+    assert list(dashboard.jobs) == ["mine-1", "mine-2"]
+    assert longspan("status", "min")[1].startswith("mine: running\n")
+    (tmp_path / "clusters.yaml").write_text("clusters: 5")
+    assert longspan("status", "other")[0] == 2
