@@ -160,9 +160,10 @@ def schema() -> None:
 @app.command()
 def doctor() -> None:
     """Show what this machine offers and what is missing."""
+    from .cluster.doctor import rows
     from .trainer.doctor import diagnose
 
-    _print(diagnose())
+    _print(diagnose(("Cluster", rows)))
 
 
 _VerifyOption = Annotated[

@@ -24,10 +24,11 @@ from ..trainer.settings import RunSettings
 from .clusters import Cluster, find_cluster, known_cluster
 from .door import NoAnswer
 from .entry import RECIPE
+from .fit import Fit, fit
 from .forecast import Forecast, forecast, shape_key
 from .jobs import RUN_KEY, SETTINGS_KEY, Jobs, number_of
 from .registry import Place, Record, Registry, check_id, new_id
-from .shape import Shape, check_on, ranks_on, shape_of
+from .shape import Shape, shape_of
 from .wheel import build_wheel
 
 _ENDING_S = 60
@@ -97,12 +98,12 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     if order.run_id is not None and (known := _known(wanted, jobs, registry)) is not None:
         return Submitted(known, "known")
     shape, warnings = shape_of(cluster, jobs)
-    for warning in [*warnings, *check_on(recipe, cluster, shape)]:
+    found = fit(recipe, cluster, shape)
+    for warning in [*warnings, *found.warnings]:
         warn(warning)
-    ranks = ranks_on(recipe, shape)
-    record = replace(wanted, shape=shape_key(recipe, ranks, cluster.name))
-    expected = forecast(recipe, ranks, record.shape, registry)
-    for line in _plan(record, recipe, shape, expected):
+    record = replace(wanted, shape=shape_key(recipe, found.ranks, cluster.name))
+    expected = forecast(recipe, found.ranks, record.shape, registry)
+    for line in _plan(record, recipe, shape, found, expected):
         say(line)
     wheel = build_wheel()
     if order.dry_run:
@@ -304,21 +305,19 @@ def _arrived(submission: str, record: Record, jobs: Jobs, error: ClusterError) -
     return job is not None and job.run == record.id
 
 
-def _plan(record: Record, recipe: Recipe, shape: Shape, expected: Forecast) -> list[str]:
-    ranks = ranks_on(recipe, shape)
-    device, where = "CPU core", shape.words
-    if shape.total_gpus:
-        device = "GPU"
-        where = f"{-(-ranks // max(1, shape.gpus))} of {where}"
+def _plan(
+    record: Record, recipe: Recipe, shape: Shape, found: Fit, expected: Forecast
+) -> list[str]:
+    where = f"{found.nodes} of {shape.words}" if 0 < found.nodes < shape.nodes else shape.words
     stages = ", ".join(f"{stage.name} at {stage.length:,}" for stage in recipe.stages)
     storage = Path(record.cluster.storage if record.cluster else "/")
     unseen = "" if storage.is_dir() else "  (not visible from here: its nodes have to see it)"
     return [
         f"recipe   {recipe.name}: {count(len(recipe.stages), 'stage')}, {stages}",
         f"cluster  {record.cluster.name if record.cluster else ''}",
-        f"ranks    {ranks}, one per {device}, on {where}",
+        f"ranks    {found.ranks}, one per {shape.device}, on {where}",
         f"tokens   {rough(expected.tokens)}",
-        f"time     {_time(expected, ranks, device)}",
+        f"time     {_time(expected, found.ranks, shape.device)}",
         f"folder   {record.run_dir}{unseen}",
     ]
 

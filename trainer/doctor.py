@@ -35,20 +35,24 @@ _OPTIONAL = (
         "ZeRO and offloading as a second engine",
         "pip install deepspeed",
     ),
-    ("ray", "ray", "runs on a cluster", 'pip install "ray[default,train]"'),
 )
 
 Row = tuple[str, str, str]
 """Name, what was found, and a remark."""
 
 
-def diagnose() -> RenderableType:
-    """Device, attention kernel, packages, tracking and optional parts, as tables."""
+def diagnose(*more: tuple[str, Callable[[], Iterator[Row]]]) -> RenderableType:
+    """Device, attention kernel, packages, tracking and optional parts, as tables.
+
+    Args:
+        more: Titles and rows of the floors above.
+    """
     sections = (
         ("Machine", _machine),
         ("Attention", _attention),
         ("Packages", _packages),
         ("Tracking", _tracking),
+        *more,
         ("Optional, not used by this version yet", _optional),
     )
     return Group(*(_section(title, rows) for title, rows in sections))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 from .result import Result
 
@@ -11,6 +12,18 @@ CHECK = "dashboard"
 _EXPECTED = "requests without a token refused"
 _FIX = "start Ray with RAY_AUTH_MODE=token on every node, or let the network keep others out"
 _LIMIT_S = 5.0
+
+
+def where() -> str | None:
+    """The dashboard of the cluster that this process is connected to; None if it has none."""
+    from ray._private import worker
+
+    # Ray tells this to whoever connects, and to nobody later.
+    ask: Callable[[], str | None] | None = getattr(worker, "get_dashboard_url", None)
+    try:
+        return (ask() or None) if ask is not None else None
+    except Exception:  # not connected, or Ray has moved it: there is nothing to look at
+        return None
 
 
 def probe(address: str) -> int | str:

@@ -13,6 +13,8 @@ from .result import Result
 
 _PORT_S = 5.0
 _LIMIT_S = 18.0
+_LEAST_S = 10.0
+"""With less there is no telling a network that does not work from a node that is slow."""
 
 
 def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
@@ -24,6 +26,8 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
     """
     gpu = any(node.gpus for node in nodes)
     able = [node for node in nodes if node.gpus or not gpu]
+    if crew.left(_LIMIT_S) < _LEAST_S:
+        return [_unmeasured(node) for node in able]
     results: list[Result] = []
     if several := [node for node in able if node.gpus > 1]:
         answers = _run(crew, [[node] for node in several])
@@ -31,9 +35,12 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
     bad = {result.node for result in results if result.level == "fail"}
     present = {node.name for node in crew.present}
     able = [node for node in able if node.name in present - bad]
-    if len(able) > 1:
+    if len(able) > 1 and crew.left(_LIMIT_S) < _LEAST_S:
+        results += map(_unmeasured, able)
+    elif len(able) > 1:
         answers = _run(crew, [able])
-        if len(able) > 2 and any("error" in found for found in answers.values()):
+        failed = any("error" in found for found in answers.values())
+        if failed and len(able) > 2 and crew.left(_LIMIT_S) >= _LEAST_S:
             # All wait for the one that does not come. Pairs tell which it is, unless all of them
             # come together; then everybody has the error.
             pairs = _run(crew, _pairs([node for node in able if node.name in answers]))
@@ -41,6 +48,11 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
                 answers = pairs
         results += bandwidth.judge("between", answers, gpu)
     return results
+
+
+def _unmeasured(node: Node) -> Result:
+    fix = "see what keeps the nodes busy"
+    return Result(node.name, "bandwidth", "warn", "no time was left", "a measurement", fix)
 
 
 def _pairs(nodes: Sequence[Node]) -> list[Sequence[Node]]:

@@ -20,10 +20,10 @@ from .result import Result
 
 LIMIT_S = 60.0
 _USUAL_VOCAB = 2**17
-_LOOK_S = 35.0
+_LOOK_S = 30.0
 _MEET_S = 14.0
-_LAST_S = 3.0
-"""That are left for cleaning up."""
+_LAST_S = 6.0
+"""That are left for the dashboard and for cleaning up."""
 
 
 def preflight(
@@ -34,6 +34,7 @@ def preflight(
     interface: str | None = None,
     address: str | None = None,
     log: EventLog | None = None,
+    like: Mapping[str, str] | None = None,
     limit_s: float = LIMIT_S,
 ) -> Report:
     """Check every node that ranks may be put on; call in a driver that is connected to Ray.
@@ -43,8 +44,10 @@ def preflight(
         run: What shall run; already checked.
         run_dir: The run's folder, on storage that all nodes share.
         interface: The network interface between the nodes; None: NCCL and gloo choose.
-        address: Of the dashboard; None: it is not looked at.
+        address: Of the dashboard; None: as Ray says.
         log: Gets a `preflight` event.
+        like: The versions of nodes that are in use already (`Report.versions`), which those that
+            come later must have; None: what most of these have.
         limit_s: A node that has not answered by then fails.
 
     Returns:
@@ -56,52 +59,53 @@ def preflight(
     began, folder = time.monotonic(), run_dir / f".preflight-{os.urandom(4).hex()}"
     with Crew(nodes, interface, began + limit_s - _LAST_S) as crew:
         try:
-            results = _results(crew, run, run_dir, folder, interface)
+            looked = _look(crew, run, run_dir, folder)
+            expected = like or versions.reference(_part(looked, "versions"), versions.probe())
+            results = _alone(crew, run, looked, expected)
+            results += _meet(crew, looked, folder, interface)
+            bad = {result.node for result in results if result.level == "fail"}
+            fit = [node for node in crew.present if node.name not in bad]
+            results += groups.measure(crew, fit)
+            results = [*crew.silent(), *results]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    if address is not None:
+    if (address := address or dashboard.where()) is not None:
         results.append(dashboard.judge(dashboard.probe(address)))
-    report = Report(nodes, results, time.monotonic() - began)
+    report = Report(nodes, results, time.monotonic() - began, expected)
     report.write(run_dir)
     if log is not None:
-        fit = [node.name for node in healthy(report)]
-        problems = [f"{r.level}: {r.node}: {r}" for r in report.problems]
-        log.write(
-            "preflight",
-            nodes=len(nodes),
-            healthy=fit,
-            problems=problems,
-            seconds=round(report.seconds, 3),
-        )
+        _log(report, log)
     return report
 
 
-def _results(
-    crew: Crew, run: RunSettings, run_dir: Path, folder: Path, interface: str | None
+def _log(report: Report, log: EventLog) -> None:
+    problems = [f"{r.level}: {r.node}: {r}" for r in report.problems]
+    names = [node.name for node in healthy(report)]
+    seconds = round(report.seconds, 3)
+    nodes = len(report.nodes)
+    log.write("preflight", nodes=nodes, healthy=names, problems=problems, seconds=seconds)
+
+
+def _alone(
+    crew: Crew,
+    run: RunSettings,
+    looked: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, str],
 ) -> list[Result]:
-    looked = _look(crew, run, run_dir, folder)
-    results = list(versions.judge(*_versions(looked)))
-    results += devices.judge(_part(looked, "devices"), {n.name: n.gpus for n in crew.nodes})
+    """What can be said of each node without the others."""
+    results = list(versions.judge(_part(looked, "versions"), expected))
+    gpus = {node.name: node.gpus for node in crew.nodes}
+    results += devices.judge(_part(looked, "devices"), gpus)
     results += clock.judge({name: clock.Skew(*part["clock"]) for name, part in looked.items()})
     one = disk.checkpoint_bytes(run, _vocabulary(run))
     results += disk.judge(_part(looked, "disk"), one, run.checkpoint.keep)
-    results += _meet(crew, looked, folder, interface)
-    bad = {result.node for result in results if result.level == "fail"}
-    results += groups.measure(crew, [node for node in crew.present if node.name not in bad])
-    return [*crew.silent(), *results]
+    return results
 
 
 def _look(crew: Crew, run: RunSettings, run_dir: Path, folder: Path) -> dict[str, dict[str, Any]]:
     limit_s = crew.left(_LOOK_S)
     arguments = (folder, disk.places(run, run_dir), crew.ask_time, max(1.0, limit_s - 3))
     return crew.ask("look", {node.name: arguments for node in crew.present}, limit_s)
-
-
-def _versions(
-    looked: Mapping[str, Mapping[str, Any]],
-) -> tuple[Mapping[str, Mapping[str, str]], Mapping[str, str]]:
-    found = _part(looked, "versions")
-    return found, versions.reference(found, versions.probe())
 
 
 def _meet(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class Report:
         nodes: All that were looked at.
         results: By check, then by node.
         seconds: That it took.
+        versions: That the nodes had to have.
     """
 
     nodes: Sequence[Node]
     results: Sequence[Result]
     seconds: float
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def failures(self, node: Node) -> list[Result]:
         """Why a node cannot be used."""
@@ -51,6 +53,7 @@ class Report:
         """Plain values, for JSON."""
         return {
             "seconds": round(self.seconds, 3),
+            "versions": dict(self.versions),
             "nodes": [{**asdict(node), "name": node.name} for node in self.nodes],
             "healthy": [node.id for node in healthy(self)],
             "results": [asdict(result) for result in self.results],

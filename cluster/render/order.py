@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from ...errors import RunError
 from ...recipes.loading import load_recipe
 from ..clusters import Cluster, clusters_file, find_cluster
+from ..fit import fit
 from ..registry import check_id, new_id
 from ..settings import ClusterSettings, check_absolute
-from ..shape import Shape, check_on, ranks_on
+from ..shape import Shape
 from ..submission import resolved
 
 _CORES_PER_GPU = 8
@@ -112,24 +113,22 @@ def take(wanted: Wanted) -> Order:
             f"to {clusters_file()}",
         )
     gpus = gpus or 0
-    whole = None if cores is None else cores * nodes
-    shape = Shape(nodes, gpus, gpus * nodes, whole, "the nodes that were given")
-    warnings = check_on(recipe, cluster, shape)
-    each = gpus or cores or 1
-    ranks = ranks_on(recipe, shape)
+    each = gpus or cores
+    slots = None if each is None else (each,) * nodes
+    found = fit(recipe, cluster, Shape(nodes, slots, gpus > 0, "the nodes that were given"))
     return Order(
         run_id=wanted.run_id or new_id(recipe.name),
         name=recipe.name,
         text=resolved(recipe.run(), recipe.name),
-        ranks=ranks,
-        nodes=min(nodes, -(-ranks // each)),
+        ranks=found.ranks,
+        nodes=found.nodes or min(nodes, found.ranks),
         gpus=gpus,
         cores=cores,
         storage=cluster.settings.storage,
         grace_s=round(recipe.recovery.grace),
         secrets=cluster.settings.secrets,
         interface=cluster.settings.interface,
-        warnings=warnings,
+        warnings=found.warnings,
     )
 
 

@@ -82,7 +82,8 @@ sed "s/{port}/$((PORT + 1))/; s|@WORK@|$WORK|" > "$LONGSPAN_CLUSTERS" << '{end}'
 head=$(hostname -s)
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \\
   ray start --head --node-ip-address="$HEAD_IP" --port="$PORT" \\
-  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)){given} --block &
+  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)) \\
+  --dashboard-agent-listen-port=$((PORT + 2)){given} --block &
 pids+=($!)
 # The dashboard is what comes up last.
 for _ in $(seq 120); do
@@ -103,7 +104,8 @@ longspan logs -f "$RUN_ID" &
 
 _OTHERS = """\
 srun --overlap --nodes={count} --ntasks={count} --exclude="$head" \\
-  ray start --address="$HEAD_IP:$PORT"{given} --block &
+  ray start --address="$HEAD_IP:$PORT" \\
+  --dashboard-agent-listen-port=$((PORT + 2)){given} --block &
 pids+=($!)
 """
 

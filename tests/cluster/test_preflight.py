@@ -48,6 +48,7 @@ def test_broken_nodes_are_named_and_the_others_are_fit(cluster, broken, tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "preflight.json").read_text())
+    assert report["versions"]["megatron-core"] != VERSION
     assert len(report["nodes"]) == 4 and report["seconds"] < 60
     assert sorted(report["healthy"]) == sorted(node.node_id for node in cluster.nodes)
 

@@ -16,6 +16,7 @@ from longspan.cluster.preflight import (
     dashboard,
     devices,
     disk,
+    groups,
     network,
     storage,
     versions,
@@ -52,6 +53,12 @@ def test_another_cuda_driver_is_a_warning_and_a_tie_is_decided_by_ours():
     results = list(versions.judge(nodes, versions.reference(nodes, SAME)))
     assert level_of(results, "a")[0] == "ok"
     assert level_of(results, "b")[:2] == ("warn", "CUDA driver 580")
+
+
+def test_nodes_that_come_later_have_to_be_like_those_in_use():
+    newer = {**SAME, "torch": "2.11"}
+    assert next(iter(versions.judge({"late": newer}, SAME))).level == "fail"
+    assert next(iter(versions.judge({"late": SAME}, SAME))).level == "ok"
 
 
 def test_versions_of_this_node_are_those_of_its_packages():
@@ -324,3 +331,60 @@ def test_a_report_is_a_table_and_a_file(tmp_path):
     assert written["results"][-1]["level"] == "fail"
     with pytest.raises(RunError, match="cannot be written"):
         found.write(tmp_path / "nowhere")
+
+
+class _Crew:
+    """Answers for nodes, some of which spoil every group that they are in."""
+
+    def __init__(self, nodes, spoilers, left=60.0):
+        self.present, self._spoilers, self._left = list(nodes), spoilers, left
+        self.groups = []
+
+    def left(self, most_s):
+        return min(most_s, self._left)
+
+    def ask(self, method, arguments, limit_s):
+        if method == "port":
+            return {name: ("127.0.0.1", number) for number, name in enumerate(arguments)}
+        groups = {}
+        for name, (group, _) in arguments.items():
+            groups.setdefault(group.port, []).append((name, group))
+        self.groups = [[name for name, _ in members] for members in groups.values()]
+        for members in groups.values():
+            assert [group.first for _, group in members] == list(
+                range(0, members[0][1].world, members[0][1].local)
+            )
+        spoilt = {name: set(names) & self._spoilers for names in self.groups for name in names}
+        return {
+            name: {"error": "timed out"} if spoilt[name] else {"bytes_per_s": 1e12}
+            for name in arguments
+        }
+
+
+def failed_in(crew):
+    return [r.node for r in groups.measure(crew, crew.present) if r.level == "fail"]
+
+
+def test_pairs_tell_which_node_spoils_the_group():
+    nodes = [node(number) for number in range(1, 6)]
+    assert failed_in(_Crew(nodes, set())) == []
+    crew = _Crew(nodes, {nodes[1].name})
+    assert failed_in(crew) == [nodes[0].name, nodes[1].name]
+    assert [len(names) for names in crew.groups] == [2, 3]
+    assert failed_in(_Crew(nodes[:2], {nodes[1].name})) == [nodes[0].name, nodes[1].name]
+
+
+def test_gpus_of_a_node_measure_alone_first_and_nodes_without_any_do_not():
+    nodes = [node(1, gpus=8), node(2, gpus=8), node(3)]
+    found = groups.measure(_Crew(nodes, set()), nodes)
+    assert [(r.node, r.check) for r in found] == [
+        (nodes[0].name, "bandwidth inside"), (nodes[1].name, "bandwidth inside"),
+        (nodes[0].name, "bandwidth between"), (nodes[1].name, "bandwidth between"),
+    ]  # fmt: skip
+    assert failed_in(_Crew(nodes, {nodes[0].name})) == [nodes[0].name]
+
+
+def test_without_time_nothing_is_measured_and_nobody_is_blamed():
+    nodes = [node(1), node(2)]
+    found = groups.measure(_Crew(nodes, set(), left=3.0), nodes)
+    assert [result.level for result in found] == ["warn", "warn"]

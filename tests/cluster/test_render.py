@@ -203,11 +203,17 @@ def test_a_script_with_torchrun_trains_and_cleans_up(tmp_path):
                         storage=str(storage), nodes=1, cores=1, run_id="smoke-1"))  # fmt: skip
     script.write_text(render_slurm(order, ray=False))
     path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    home = str(Path(cli.__file__).parents[1])
-    variables = {"PATH": path, "PYTHONPATH": home, "SLURM_JOB_ID": "77",
-                 "SHIM_LOG": str(tmp_path / "log"), "LONGSPAN_HOME": str(tmp_path / "home")}  # fmt: skip
-    done = subprocess.run(["bash", script], env={**os.environ, **variables}, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=180, check=False)  # fmt: skip
+    variables = {
+        "PATH": path,
+        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+        "SLURM_JOB_ID": "77",
+        "SHIM_LOG": str(tmp_path / "log"),
+        "LONGSPAN_HOME": str(tmp_path / "home"),
+    }
+    done = subprocess.run(
+        ["bash", script], env={**os.environ, **variables}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (storage / "runs" / "smoke-1" / "complete.json").exists()
     assert [*(storage / "slurm").iterdir()] == [] and not (tmp_path / "log").exists()

@@ -75,7 +75,10 @@ class TrackingPipe:
             process.wait(max(0.0, deadline - time.monotonic()))
             self._listen(process)
         except subprocess.TimeoutExpired:
-            self._console.message(f"{self._name}: the rest is uploaded in the background")
+            rest = (
+                "the rest follows in the background; `longspan status` says what was not uploaded"
+            )
+            self._console.message(f"{self._name}: {rest}")
 
     def _flush(self) -> None:
         process = self._process

@@ -183,7 +183,7 @@ def test_steps_are_ten_seconds_apart(longspan, tmp_path, monkeypatch):
     log = EventLog(directory.events, 1)
     for step in range(1, 41):
         monkeypatch.setattr("time.time", lambda step=step: 1000.0 + 3 * step)
-        log.write("step", **step_event(step, 40))
+        log.write("step", **step_event(step, 50))
     _, out, _ = longspan("logs", str(directory))
     shown = [int(line.split("step=")[1].split("/")[0]) for line in out.splitlines()[2:]]
     assert shown == [1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 40]

@@ -46,7 +46,7 @@ def test_one_command_one_id_and_the_four_that_follow(longspan, lab, dashboard, s
     assert words == {
         "recipe": "smoke: 2 stages, base at 128, stretch at 256",
         "cluster": "lab",
-        "ranks": "2, one per CPU core, on 2 nodes with 8 CPU cores",
+        "ranks": "2, one per CPU core, on 1 of 2 nodes with 4 CPU cores each",
         "tokens": "8.19K",
         "time": "not known: nothing like it was trained from here yet",
         "folder": f"{storage}/runs/{run_id}",
@@ -252,7 +252,7 @@ def test_what_the_recipe_gets_wrong_is_told_at_once(longspan, lab, dashboard, st
     code, out, err = longspan("submit", "smoke", *(x for c in changes for x in ("--set", c)))
     assert (code, out) == (2, "")
     assert err.startswith("error: recipe smoke has ")
-    assert "ranks: got 64; expected at most 8 CPU cores: cluster lab has 2 nodes" in err
+    assert "ranks: got 64; expected at most 8 CPU cores: cluster lab has 2 nodes with 4 CPU" in err
     assert "model.hidden: got 65" in err and "got data/a.txt; expected an absolute path" in err
     assert "/nowhere/b.txt" in err
     assert not dashboard.posted() and not dashboard.packages
@@ -262,7 +262,7 @@ def test_gpus_count_where_there_are_any(longspan, lab, dashboard):
     dashboard.nodes = [(0, 64), (4, 16), (4, 16)]
     code, out, err = longspan("submit", "smoke", "--dry-run", *BIG, "--set", "ranks=8")
     assert code == 0, err
-    assert "ranks    8, one per GPU, on 2 of 2 nodes with 4 GPUs each" in out
+    assert "ranks    8, one per GPU, on 2 nodes with 4 GPUs each" in out
     code, _, err = longspan("submit", "smoke", "--set", "ranks=16")
     assert code == 2
     assert "at most 8 GPUs: cluster lab has 2 nodes with 4 GPUs each, says the cluster" in err
@@ -275,9 +275,42 @@ def test_the_file_says_what_a_cluster_can_grow_to(longspan, lab, dashboard):
     code, out, err = longspan("submit", "smoke", "--dry-run", *BIG, "--set", "ranks=32")
     assert code == 0, err
     assert "of 4 nodes with 8 GPUs each (clusters.yaml), 1 node with 2 CPU cores is up now" in err
-    assert "ranks    32, one per GPU, on 4 of 4 nodes with 8 GPUs each" in out
+    assert "ranks    32, one per GPU, on 4 nodes with 8 GPUs each" in out
     code, _, err = longspan("submit", "smoke", "--set", "ranks=64")
     assert code == 2 and "at most 32 GPUs: cluster lab has 4 nodes" in err
+
+
+def test_groups_that_talk_much_are_not_split(longspan, lab, dashboard):
+    """Of 6 GPUs a node can use 4 where 4 ranks belong together."""
+    dashboard.nodes = [(6, 16), (6, 16)]
+    split = ("--set", "defaults.parallel={tensor: 2, context: 2}")
+    split += ("--set", "stages.1.parallel={tensor: 2, context: 2}")
+    code, _, err = longspan("submit", "smoke", *BIG, *split, "--set", "ranks=12")
+    assert code == 2
+    assert "at most 8: cluster lab has 2 nodes with 6 GPUs each, says the cluster" in err
+    assert "and 4 ranks (tensor x context) stay on one node" in err
+    code, out, err = longspan("submit", "smoke", "--dry-run", *BIG, *split, "--set", "ranks=4")
+    assert code == 0 and "ranks    4, one per GPU, on 1 of 2 nodes with 6 GPUs each" in out, err
+
+
+def test_fewer_ranks_are_a_warning_where_the_recipe_allows_them(longspan, lab, dashboard):
+    ranks = ("--set", "ranks=16", "--set", "ranks_at_least=4")
+    code, out, err = longspan("submit", "smoke", "--dry-run", *BIG, *ranks)
+    assert code == 0 and "ranks    16, " in out
+    assert "cluster lab has 2 nodes with 4 CPU cores each, says the cluster; the run would" in err
+    assert "begin with 8 of 16 ranks (ranks_at_least)" in err
+    dashboard.nodes = [(0, 2)]
+    code, _, err = longspan("submit", "smoke", *BIG, *ranks)
+    assert code == 2 and "ranks: got 16; expected at most 2 CPU cores" in err
+
+
+@pytest.mark.parametrize(("nodes", "words"), [
+    ([(0, 4), (0, 2)], "2 nodes with 4, 2 CPU cores"), ([(0, 4)], "1 node with 4 CPU cores"),
+    ([(4, 1), (4, 8)], "2 nodes with 4, 1 GPUs"),
+])  # fmt: skip
+def test_nodes_in_words(longspan, lab, dashboard, nodes, words):
+    dashboard.nodes = nodes
+    assert words in longspan("submit", "smoke", *BIG, "--set", "ranks=64")[2]
 
 
 def test_data_that_only_the_nodes_see_is_a_warning(longspan, lab, dashboard):

@@ -64,7 +64,8 @@ END_OF_FILE
 head=$(hostname -s)
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
   ray start --head --node-ip-address="$HEAD_IP" --port="$PORT" \
-  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)) --num-gpus=8 --num-cpus=96 --block &
+  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)) \
+  --dashboard-agent-listen-port=$((PORT + 2)) --num-gpus=8 --num-cpus=96 --block &
 pids+=($!)
 # The dashboard is what comes up last.
 for _ in $(seq 120); do
@@ -73,7 +74,8 @@ for _ in $(seq 120); do
   sleep 1
 done
 srun --overlap --nodes=1 --ntasks=1 --exclude="$head" \
-  ray start --address="$HEAD_IP:$PORT" --num-gpus=8 --num-cpus=96 --block &
+  ray start --address="$HEAD_IP:$PORT" \
+  --dashboard-agent-listen-port=$((PORT + 2)) --num-gpus=8 --num-cpus=96 --block &
 pids+=($!)
 
 longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"

@@ -60,7 +60,8 @@ END_OF_FILE
 head=$(hostname -s)
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
   ray start --head --node-ip-address="$HEAD_IP" --port="$PORT" \
-  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)) --num-cpus=2 --block &
+  --dashboard-host=127.0.0.1 --dashboard-port=$((PORT + 1)) \
+  --dashboard-agent-listen-port=$((PORT + 2)) --num-cpus=2 --block &
 pids+=($!)
 # The dashboard is what comes up last.
 for _ in $(seq 120); do
