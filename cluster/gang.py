@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -21,7 +22,6 @@ from .voice import Tail, Voice
 from .watch import News
 
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -30,10 +30,13 @@ ENVIRONMENT = {
 }
 """For the driver, before Ray is imported; what is set already stays."""
 
+_POLLING = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+_POLLS_PER_S = 200
 _FOLLOW_S = 0.2
 _STORAGE = "ray-train"
 _LAST_WORDS_S = 5.0
 _ENDING_S = 120.0
+_STARTING_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,14 @@ class Gang:
         self._next_news = 0.0
         self._tail = Tail(directory.logs / "rank-0.log", voice)
         self._log = EventLog(directory.events, task.attempt)
+        self._began = time.monotonic()
         self._hung_since: float | None = None
 
     def run(self) -> Verdict:
         """Start the ranks, follow them to their end, and say why they ended.
 
         Raises:
-            RunError: Ray does not end ranks that hang.
+            RunError: Ray does not start ranks, or does not end those that hang.
         """
         fit = threading.Thread(target=self._fit, name="fit", daemon=True)
         fit.start()
@@ -100,10 +104,10 @@ class Gang:
         if fit.is_alive() and self._asked() > 1:
             return Verdict("stopped", INTERRUPTED)
         if fit.is_alive():
-            raise RunError(
-                f"Ray has not ended ranks that hang within {_ENDING_S:.0f} s",
-                "resume: a new driver begins afresh",
-            )
+            what = f"ended ranks that hang within {_ENDING_S:.0f} s"
+            if self._hung_since is None:
+                what = f"started all ranks within {_STARTING_S:.0f} s"
+            raise RunError(f"Ray has not {what}", "resume: a new driver begins afresh")
         self._hear(at_once=True)
         self._tail.follow()
         verdict = judge(self._evidence(), self._describe)
@@ -122,6 +126,7 @@ class Gang:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         places = self._crew.places
+        os.environ.setdefault(_POLLING, str(seconds_between_polls(len(places))))
         resources = {"CPU": 1, "GPU": 1} if self._crew.gpu else {"CPU": 1}
         return DataParallelTrainer(
             work,
@@ -178,8 +183,10 @@ class Gang:
 
     def _is_overdue(self) -> bool:
         """Whether there is nothing more to wait for: a second request to stop, or Ray hangs too."""
-        hung = self._hung_since is not None and time.monotonic() > self._hung_since + _ENDING_S
-        return hung or self._asked() > 1
+        now, there = time.monotonic(), 0 if self._news is None else len(self._news.nodes)
+        hung = self._hung_since is not None and now > self._hung_since + _ENDING_S
+        late = there < len(self._crew.places) and now > self._began + _STARTING_S
+        return hung or late or self._asked() > 1
 
     def _describe(self, rank: int, code: int) -> Failure:
         return without_words(rank, code, self._directory.logs / f"rank-{rank}.log")
@@ -204,6 +211,11 @@ class Gang:
             asked=self._stopped,
             complete=complete,
         )
+
+
+def seconds_between_polls(ranks: int) -> int:
+    """How often Ray Train asks each worker whether it is alive: in all so many times a second."""
+    return max(1, -(-ranks // _POLLS_PER_S))
 
 
 def _dead_workers(error: BaseException | None) -> dict[int, str]:

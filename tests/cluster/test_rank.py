@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+from longspan.cluster import driver
 from longspan.cluster.driver import Options, _parse, main
 from longspan.cluster.rank import _only_save_blocked, read_secrets
 from longspan.cluster.stacks import dump
 from longspan.errors import RunError
+from support.short_run import short_run
 
 WORDS = ["--run-id", "r", "--run-dir", "/s/r", "--name", "n", "--recipe", "recipe.yaml"]
 
@@ -39,6 +42,16 @@ def test_a_recipe_that_is_none_gets_a_message(tmp_path, capfd):
         assert main([*WORDS[:-1], str(bad)]) == 2
         err = capfd.readouterr().err
         assert "holds no resolved recipe" in err and "fix:" in err and "Traceback" not in err
+
+
+def test_a_cluster_that_is_not_there_gets_a_message(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(driver, "_CONNECT_S", 0.1)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(short_run().model_dump(mode="json")))
+    assert main([*WORDS[:-1], str(recipe)]) == 2
+    err = capfd.readouterr().err
+    assert "no Ray cluster answers at 127.0.0.1:1" in err and "fix:" in err
 
 
 def test_what_asks_a_process_to_save_waits_until_it_listens():

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from longspan.cluster.gang import seconds_between_polls
 from longspan.cluster.placement import misplaced
 from longspan.cluster.watch import End, NodeReport, Overdue, Place, Watch, blamed
 
@@ -170,3 +171,7 @@ def test_with_a_thousand_workers_calls_grow_with_nodes_and_not_with_ranks_or_ste
             watch.news()
         minute[ranks, nodes] = watch.calls - begun
     assert minute == {(1000, 125): 30 * 126, (125, 125): 30 * 126, (1000, 8): 30 * 9}
+
+
+def test_ray_train_itself_asks_more_workers_less_often():
+    assert [seconds_between_polls(ranks) for ranks in (1, 200, 201, 1000)] == [1, 1, 2, 5]
