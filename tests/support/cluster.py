@@ -28,6 +28,10 @@ _SYSTEM = {
 }
 
 
+# Ray reads it once in a process: all clusters of one have the same.
+_TOKEN = secrets.token_hex(32)
+
+
 def ray_environment(token: str) -> dict[str, str]:
     """What Ray and the package need in every process."""
     return {
@@ -50,10 +54,13 @@ class LocalCluster:
         cores: Of each node.
         nodes: How many there are at first.
         dashboard: Whether the head serves one (the Jobs API).
+        system: More settings of Ray itself.
     """
 
-    def __init__(self, cores: int = 1, nodes: int = 2, dashboard: bool = False) -> None:
-        self.token = secrets.token_hex(32)
+    def __init__(
+        self, cores: int = 1, nodes: int = 2, dashboard: bool = False, **system: int
+    ) -> None:
+        self.token = _TOKEN
         self.folder = Path(tempfile.mkdtemp(prefix="lsc-"))
         self.environment = ray_environment(self.token)
         self.environment["LONGSPAN_CACHE"] = str(self.folder / "cache")
@@ -68,9 +75,8 @@ class LocalCluster:
         head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": dashboard}
         if dashboard:
             head |= {"dashboard_host": "127.0.0.1", "dashboard_port": self.dashboard_port}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={**head, "_system_config": _SYSTEM} | self._common
-        )
+        self._head = {**head, "_system_config": _SYSTEM | system} | self._common
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._head)
         self._count = nodes
         self.nodes = [self.add_node() for _ in range(nodes)]
         self.spoiled: list[Any] = []
@@ -107,6 +113,18 @@ class LocalCluster:
     def kill_node(self, node: Any) -> None:
         """A node dies: its raylet is killed, and what it had started ends."""
         raylet(node).kill()
+
+    def restart_head(self) -> None:
+        """The head dies with all that runs there, then its nodes; new ones take their places."""
+        self._cluster.head_node.kill_all_processes(
+            check_alive=False, allow_graceful=False, wait=True
+        )
+        for node in self.nodes:
+            raylet(node).wait(120)
+            self._cluster.remove_node(node, allow_graceful=False)
+        self._cluster.head_node = None
+        self._cluster.add_node(**self._head)
+        self.nodes = [self.add_node() for _ in range(self._count)]
 
     def close(self) -> None:
         """End everything."""
@@ -204,18 +222,23 @@ class Drive:
 
     def workers(self) -> dict[int, int]:
         """The processes of the run's ranks, by rank."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                if b"longspan.trainer.worker" not in words:
-                    continue
-                if str(self.run_dir).encode() not in words:
-                    continue
-                settings = (folder / "environ").read_bytes().split(b"\0")
-                ranks = [v[5:] for v in settings if v.startswith(b"RANK=")]
-                found[int(ranks[0])] = int(folder.name)
-        return found
+        return workers(self.run_dir)
+
+
+def workers(run_dir: Path) -> dict[int, int]:
+    """The processes of a run's ranks, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"longspan.trainer.worker" not in words:
+                continue
+            if str(run_dir).encode() not in words:
+                continue
+            settings = (folder / "environ").read_bytes().split(b"\0")
+            ranks = [v[5:] for v in settings if v.startswith(b"RANK=")]
+            found[int(ranks[0])] = int(folder.name)
+    return found
 
 
 def parent(pid: int) -> int:

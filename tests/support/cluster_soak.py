@@ -289,7 +289,8 @@ class Soak:
             self._disk.fill()
             assert time.monotonic() < deadline, self._drive.text()
             time.sleep(0.01)
-        assert self._drive.process.returncode == 2, self._drive.text()
+        code = self._drive.process.returncode
+        assert code == 2, f"exit code {code}: {self._drive.text()}"
         assert "no space left" in self._drive.said(), self._drive.text()
         self._disk.free()
 
