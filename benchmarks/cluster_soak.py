@@ -46,7 +46,7 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         disk = _disk(folder, stack) if FULL_DISK in args.kinds else None
         kinds = tuple(kind for kind in args.kinds if kind != FULL_DISK or disk is not None)
-        plan = Plan(args.faults, kinds, args.every, args.seed,
+        plan = Plan(args.faults, kinds, args.every, args.apart, args.seed,
                     args.floor, args.first, args.interval)  # fmt: skip
         cluster = LocalCluster(nodes=args.nodes)
         stack.callback(cluster.close)
@@ -62,6 +62,7 @@ def main() -> int:
     result = {
         "outcome": "bit-equal",
         "seed": args.seed,
+        "faults_wanted": args.faults,
         "nodes": args.nodes,
         "every": args.every,
         "steps": plan.steps,
@@ -85,6 +86,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--nodes", type=int, default=3, help="the run takes two of them")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--apart", type=int, default=60, help="steps between faults, in the mean")
     parser.add_argument("--starts", type=int, default=3, help="cold starts to compare with")
     parser.add_argument("--floor", type=float, default=5.0, help="seconds, as of the driver")
     parser.add_argument("--first", type=float, default=60.0, help="seconds, as of the driver")

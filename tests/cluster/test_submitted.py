@@ -38,6 +38,7 @@ class Submitter:
         self.run_dir = folder / "shared" / "runs" / "mine"
         home = folder / "home"
         home.mkdir()
+        (folder / "shared").mkdir()
         (home / ".netrc").write_text(
             f"machine api.wandb.ai\n  login user\n  password {KEYS['netrc']}\n"
         )

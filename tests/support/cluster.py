@@ -88,6 +88,7 @@ class LocalCluster:
             "object_store_memory": STORE_BYTES,
             "temp_dir": str(self.folder / "ray"),
             "node_ip_address": "127.0.0.1",
+            "dashboard_agent_listen_port": 0,  # all nodes have one address
         }
 
     @property

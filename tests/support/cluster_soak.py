@@ -24,6 +24,8 @@ KINDS = (*STRIKES, KILL_DRIVER, FULL_DISK)
 # A hang is told by what the attempt has done before; a disk is full when the run saves.
 _WITH_STEPS = (hang.__name__, FULL_DISK)
 _WARM_STEPS = 3
+# Enough that ranks whose node or driver is gone are, too, before the run comes to its end.
+_LEFT = 300
 _WAIT_S = 300.0
 _DISK_MB = 64
 
@@ -36,6 +38,7 @@ class Plan:
         faults: How many.
         kinds: That are drawn from.
         every: Steps between checkpoints.
+        apart: Steps from one fault to the next, in the mean.
         seed: Of kinds and moments.
         floor: Seconds that anything may take before it is a hang.
         first: Seconds that something may take of which nothing is known yet.
@@ -45,6 +48,7 @@ class Plan:
     faults: int
     kinds: tuple[str, ...]
     every: int
+    apart: int
     seed: int
     floor: float
     first: float
@@ -52,8 +56,8 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of the run: two intervals for each fault, and some that are left at the end."""
-        return (2 * self.faults + 4) * self.every
+        """Of the run."""
+        return self.faults * self.apart + _LEFT
 
     def settings(self, texts: Path, where: Path | None = None) -> dict[str, Any]:
         """The run, with its checkpoints on a disk of their own or in its folder."""
@@ -125,14 +129,14 @@ class Ledger:
     Attributes:
         attempt: The newest gang that was launched.
         steps: Events of the newest gang's steps.
-        ended: Numbers of the attempts that have ended.
+        ended: How attempts have ended, by number.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self._rest = path, 0, b""
         self.attempt = 0
         self.steps: list[dict[str, Any]] = []
-        self.ended = set[int]()
+        self.ended = dict[int, str]()
 
     def look(self) -> "Ledger":
         """Read on."""
@@ -155,7 +159,7 @@ class Ledger:
         elif event["event"] == "step":
             self.steps.append(event)
         elif event["event"] == "ended":
-            self.ended.add(event["attempt"])
+            self.ended[event["attempt"]] = event["how"]
 
 
 class Soak:
@@ -195,6 +199,9 @@ class Soak:
         for number, kind in enumerate(kinds):
             moment = self._wait_for_moment(kind, len(kinds) - number)
             fault = self._strike(kind, moment)
+            if self._ledger.ended.get(fault.attempt) == "complete":
+                say(f"the run was faster than {kind}: {len(kinds) - number} faults are left out")
+                break
             self.struck.append(fault)
             say(f"{number + 1} of {len(kinds)}: {kind} at a {moment} of attempt {fault.attempt}")
         assert self._drive.ends(900) == 0, self._drive.text()
@@ -220,8 +227,11 @@ class Soak:
     def _wait(self, what: Callable[[], Any]) -> None:
         """Wait until something is so; the driver must not end before."""
         deadline = time.monotonic() + _WAIT_S
-        while not what():
-            assert self._drive.process.poll() is None, self._drive.text()
+        while True:
+            gone = self._drive.process.poll() is not None
+            if what():
+                return
+            assert not gone, self._drive.text()
             assert time.monotonic() < deadline, self._drive.text()
             time.sleep(0.01)
 
@@ -241,7 +251,7 @@ class Soak:
             self._cluster.revive()
             self._short = False
         first = ledger.steps[0]["step"]
-        last = plan.steps - 3 * plan.every
+        last = plan.steps - _LEFT
         further = draw.uniform(_WARM_STEPS, max(_WARM_STEPS, 2 * (last - first) / left))
         until = min(first + round(further), last)
         self._wait(lambda: ledger.look().steps and ledger.steps[-1]["step"] >= until)
