@@ -30,11 +30,10 @@ class Submitter:
     """A user beside a cluster with a dashboard; keys of theirs lie around."""
 
     def __init__(self, folder: Path) -> None:
-        before = os.environ["PATH"]
-        os.environ["PATH"] = f"{Path(sys.executable).parent}:{before}"
+        self._before = dict(os.environ)
+        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         # Only Ray's own processes begin here; the keys are in none of their environments.
         self.cluster = LocalCluster(dashboard=True, gcs_rpc_server_reconnect_timeout_s=ORPHANED_S)
-        os.environ["PATH"] = before
         self.run_dir = folder / "shared" / "runs" / "mine"
         home = folder / "home"
         home.mkdir()
@@ -77,7 +76,8 @@ class Submitter:
         """Wait until `what()` is true, and return it."""
         deadline = time.monotonic() + seconds
         while not (found := what()):
-            assert time.monotonic() < deadline, [self.jobs.logs(job.id) for job in self.jobs.all()]
+            late = time.monotonic() > deadline
+            assert not late, [self.jobs.logs(job.id) for job in self.jobs.all()]
             time.sleep(0.2)
         return found
 
@@ -96,9 +96,16 @@ class Submitter:
         """Of the newest job."""
         return self.jobs.of_run("mine")[-1].status
 
+    def ranks(self) -> dict[int, int]:
+        """Their processes, once they are there; a job that has failed has none."""
+        assert self.status() != "FAILED", self.jobs.logs("mine-1")
+        return workers(self.run_dir)
+
     def close(self) -> None:
         """End the cluster."""
         self.cluster.close()
+        os.environ.clear()
+        os.environ.update(self._before)
 
 
 @pytest.fixture
@@ -134,7 +141,7 @@ def test_a_submitted_run_ends_bit_equal_and_shows_no_key(
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(cluster_run(texts)))
     said = submitter.longspan("submit", str(recipe), "--run-id", "mine")
-    ranks = submitter.wait_for(lambda: workers(submitter.run_dir))
+    ranks = submitter.wait_for(submitter.ranks)
     environment = Path(f"/proc/{min(ranks.values())}/environ").read_bytes()
     assert f"PLANTED_API_KEY={KEYS['path']}".encode() in environment
     jobs = meets(submitter)

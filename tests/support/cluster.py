@@ -64,10 +64,11 @@ class LocalCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="lsc-"))
         self.environment = ray_environment(self.token)
         self.environment["LONGSPAN_CACHE"] = str(self.folder / "cache")
+        # Where Ray notes its newest cluster, and where its jobs look for theirs.
+        self.environment["RAY_TMPDIR"] = str(self.folder)
+        (self.folder / "ray").mkdir()
         os.environ.update(self.environment)
         os.environ.pop("OMP_NUM_THREADS", None)
-        # Ray notes its newest cluster there, and asks for the folder.
-        Path("/tmp/ray").mkdir(exist_ok=True)
         from ray.cluster_utils import Cluster
 
         self.cores = cores
