@@ -22,8 +22,6 @@ from support.grid import sample
 from support.unkilled import newest_step
 
 KEYS = {name: f"planted-{name}-0123456789" for name in ("environment", "path", "netrc")}
-# A raylet without a head ends after that, in seconds; by itself after 60.
-ORPHANED_S = 5
 
 
 class Submitter:
@@ -33,7 +31,7 @@ class Submitter:
         self._before = dict(os.environ)
         os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         # Only Ray's own processes begin here; the keys are in none of their environments.
-        self.cluster = LocalCluster(dashboard=True, gcs_rpc_server_reconnect_timeout_s=ORPHANED_S)
+        self.cluster = LocalCluster(dashboard=True)
         self.run_dir = folder / "shared" / "runs" / "mine"
         home = folder / "home"
         home.mkdir()

@@ -54,12 +54,9 @@ class LocalCluster:
         cores: Of each node.
         nodes: How many there are at first.
         dashboard: Whether the head serves one (the Jobs API).
-        system: More settings of Ray itself.
     """
 
-    def __init__(
-        self, cores: int = 1, nodes: int = 2, dashboard: bool = False, **system: int
-    ) -> None:
+    def __init__(self, cores: int = 1, nodes: int = 2, dashboard: bool = False) -> None:
         self.token = _TOKEN
         self.folder = Path(tempfile.mkdtemp(prefix="lsc-"))
         self.environment = ray_environment(self.token)
@@ -76,7 +73,7 @@ class LocalCluster:
         head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": dashboard}
         if dashboard:
             head |= {"dashboard_host": "127.0.0.1", "dashboard_port": self.dashboard_port}
-        self._head = {**head, "_system_config": _SYSTEM | system} | self._common
+        self._head = {**head, "_system_config": _SYSTEM} | self._common
         self._cluster = Cluster(initialize_head=True, head_node_args=self._head)
         self._count = nodes
         self.nodes = [self.add_node() for _ in range(nodes)]
@@ -117,12 +114,12 @@ class LocalCluster:
         raylet(node).kill()
 
     def restart_head(self) -> None:
-        """The head dies with all that runs there, then its nodes; new ones take their places."""
+        """The head dies with all that runs there, and its nodes do; new ones take their places."""
         self._cluster.head_node.kill_all_processes(
             check_alive=False, allow_graceful=False, wait=True
         )
         for node in self.nodes:
-            raylet(node).wait(120)
+            self.kill_node(node)
             self._cluster.remove_node(node, allow_graceful=False)
         self._cluster.head_node = None
         self._cluster.add_node(**self._head)
