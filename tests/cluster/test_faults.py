@@ -3,81 +3,16 @@
 One run meets several faults, one after the other; which ones is drawn by day.
 """
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from longspan.cluster.recovery import recoveries
-from support.cluster import Drive, LocalCluster, kill, parent, raylet
+from support.cluster import Drive
+from support.cluster_faults import Scene, drain, hang, kill_node, kill_rank, kill_worker, notice
 from support.cluster_runs import EVERY, cluster_run
 from support.grid import sample
 
 STACK_FLOOR = "10"
-
-
-@dataclass
-class Scene:
-    """A run at work.
-
-    Attributes:
-        cluster: Where.
-        drive: Its driver.
-        attempt: The one that a fault meets.
-    """
-
-    cluster: LocalCluster
-    drive: Drive
-    attempt: int
-
-    def node_of(self, rank: int):
-        """The node that a rank is on."""
-        worker = parent(self.drive.workers()[rank])
-        owner = parent(worker)
-        (found,) = [n for n in self.cluster.nodes if raylet(n).pid == owner]
-        return found
-
-
-def kill_rank(scene):
-    kill(scene.drive.workers()[1])
-    return "infrastructure", "rank 1 was killed by SIGKILL"
-
-
-def kill_worker(scene):
-    kill(parent(scene.drive.workers()[1]))
-    return "infrastructure", "rank 1"
-
-
-def kill_node(scene):
-    node = scene.node_of(1)
-    scene.cluster.kill_node(node)
-    return "infrastructure", f"lost node {node.node_id[:8]}"
-
-
-def hang(scene):
-    kill(scene.drive.workers()[1], signal.SIGSTOP)
-    return "infrastructure", "rank 1 is in section step"
-
-
-def notice(scene):
-    kill(parent(scene.drive.workers()[1]), signal.SIGTERM)
-    return "preemption", "a worker was asked to end"
-
-
-def drain(scene):
-    node = scene.node_of(1)
-    words = ["drain-node", "--address", scene.cluster.address, "--node-id", node.node_id]
-    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
-    words += ["--deadline-remaining-seconds", "120"]
-    ray = Path(sys.executable).with_name("ray")
-    scene.cluster.spoiled.append(node)
-    done = subprocess.run([ray, *words], capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return "preemption", f"node {node.node_id[:8]} is taken away"
 
 
 NEED_A_SPARE = (kill_node, drain)

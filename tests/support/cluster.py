@@ -28,6 +28,10 @@ _SYSTEM = {
 }
 
 
+# Ray reads it once in a process: all clusters of one have the same.
+_TOKEN = secrets.token_hex(32)
+
+
 def ray_environment(token: str) -> dict[str, str]:
     """What Ray and the package need in every process."""
     return {
@@ -53,14 +57,15 @@ class LocalCluster:
     """
 
     def __init__(self, cores: int = 1, nodes: int = 2, dashboard: bool = False) -> None:
-        self.token = secrets.token_hex(32)
+        self.token = _TOKEN
         self.folder = Path(tempfile.mkdtemp(prefix="lsc-"))
         self.environment = ray_environment(self.token)
         self.environment["LONGSPAN_CACHE"] = str(self.folder / "cache")
+        # Where Ray notes its newest cluster, and where its jobs look for theirs.
+        self.environment["RAY_TMPDIR"] = str(self.folder)
+        (self.folder / "ray").mkdir()
         os.environ.update(self.environment)
         os.environ.pop("OMP_NUM_THREADS", None)
-        # Ray notes its newest cluster there, and asks for the folder.
-        Path("/tmp/ray").mkdir(exist_ok=True)
         from ray.cluster_utils import Cluster
 
         self.cores = cores
@@ -68,9 +73,8 @@ class LocalCluster:
         head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": dashboard}
         if dashboard:
             head |= {"dashboard_host": "127.0.0.1", "dashboard_port": self.dashboard_port}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={**head, "_system_config": _SYSTEM} | self._common
-        )
+        self._head = {**head, "_system_config": _SYSTEM} | self._common
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._head)
         self._count = nodes
         self.nodes = [self.add_node() for _ in range(nodes)]
         self.spoiled: list[Any] = []
@@ -82,6 +86,7 @@ class LocalCluster:
             "object_store_memory": STORE_BYTES,
             "temp_dir": str(self.folder / "ray"),
             "node_ip_address": "127.0.0.1",
+            "dashboard_agent_listen_port": 0,  # all nodes have one address
         }
 
     @property
@@ -107,6 +112,18 @@ class LocalCluster:
     def kill_node(self, node: Any) -> None:
         """A node dies: its raylet is killed, and what it had started ends."""
         raylet(node).kill()
+
+    def restart_head(self) -> None:
+        """The head dies with all that runs there, and its nodes do; new ones take their places."""
+        self._cluster.head_node.kill_all_processes(
+            check_alive=False, allow_graceful=False, wait=True
+        )
+        for node in self.nodes:
+            self.kill_node(node)
+            self._cluster.remove_node(node, allow_graceful=False)
+        self._cluster.head_node = None
+        self._cluster.add_node(**self._head)
+        self.nodes = [self.add_node() for _ in range(self._count)]
 
     def close(self) -> None:
         """End everything."""
@@ -204,18 +221,23 @@ class Drive:
 
     def workers(self) -> dict[int, int]:
         """The processes of the run's ranks, by rank."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                if b"longspan.trainer.worker" not in words:
-                    continue
-                if str(self.run_dir).encode() not in words:
-                    continue
-                settings = (folder / "environ").read_bytes().split(b"\0")
-                ranks = [v[5:] for v in settings if v.startswith(b"RANK=")]
-                found[int(ranks[0])] = int(folder.name)
-        return found
+        return workers(self.run_dir)
+
+
+def workers(run_dir: Path) -> dict[int, int]:
+    """The processes of a run's ranks, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"longspan.trainer.worker" not in words:
+                continue
+            if str(run_dir).encode() not in words:
+                continue
+            settings = (folder / "environ").read_bytes().split(b"\0")
+            ranks = [v[5:] for v in settings if v.startswith(b"RANK=")]
+            found[int(ranks[0])] = int(folder.name)
+    return found
 
 
 def parent(pid: int) -> int:

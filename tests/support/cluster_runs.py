@@ -30,8 +30,13 @@ def cluster_run(texts: Path, **changes: Any) -> dict[str, Any]:
 def local_reference(texts: Path, run_dir: Path, **changes: Any) -> Reference:
     """The run by `longspan train`, which kept all of its checkpoints."""
     kept = cluster_run(texts, checkpoint={"every": EVERY, "keep": STEPS}, **changes)
+    return trained_here(kept, run_dir)
+
+
+def trained_here(settings: dict[str, Any], run_dir: Path) -> Reference:
+    """A run by `longspan train`, with the checkpoints that it kept."""
     done = subprocess.run(
-        [sys.executable, "-c", _LOCAL, json.dumps(kept), str(run_dir)],
+        [sys.executable, "-c", _LOCAL, json.dumps(settings), str(run_dir)],
         env=dict(os.environ),
         capture_output=True,
         text=True,
