@@ -47,7 +47,9 @@ from .voice import Voice
 from .watch import Watch
 
 _SHOWN_LINES = 12
-_RANKS_END_S = 60.0
+_RANKS_END_S = 120.0
+"""Ranks that lost the head of their cluster end after its reconnect time-out, 60 s by default."""
+
 _POLL_S = 0.1
 _ANSWER_S = 120.0
 _CONNECT_S = 30.0

@@ -1,16 +1,31 @@
 """One cluster of two nodes for all files that want a real one; it takes seconds to start."""
 
+from pathlib import Path
+
 import pytest
 from support.cluster import LocalCluster
 from support.cluster_runs import local_reference
+
+_started: list[LocalCluster] = []
 
 
 @pytest.fixture(scope="session")
 def started_cluster():
     """The cluster as it is."""
-    cluster = LocalCluster()
-    yield cluster
-    cluster.close()
+    _started.append(LocalCluster())
+    yield _started[0]
+    _close()
+
+
+def _close():
+    while _started:
+        _started.pop().close()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """The cluster goes with the last test of this folder: it would slow down those that follow."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        _close()
 
 
 @pytest.fixture
