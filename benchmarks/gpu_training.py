@@ -301,7 +301,11 @@ class Session:
         return {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": time.monotonic() - self.begun,
-            "arguments": {key: str(value) for key, value in vars(self.args).items()},
+            "arguments": {
+                key: str(value)
+                for key, value in vars(self.args).items()
+                if key not in ("folder", "out")
+            },
             "verdicts": self.verdicts,
             "runs": {name: run.report() for name, run in self.runs.items()},
             "versions": {"python": platform.python_version()}
