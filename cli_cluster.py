@@ -60,7 +60,7 @@ def submit(
         dry_run=dry_run,
         insecure=insecure,
     )
-    done = submit_run(order, typer.echo, lambda text: typer.echo(f"warning: {text}", err=True))
+    done = submit_run(order, typer.echo, _warn)
     if done.how == "dry":
         typer.echo("nothing was sent (--dry-run)")
     elif done.how == "known":
@@ -119,6 +119,10 @@ def stop(run: RunArgument) -> None:
     raise typer.Exit(stop_run(find_run(run), typer.echo))
 
 
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
 def show(run: str | None, as_json: bool) -> None:
     """Print one run, or list all."""
     from .cluster.listing import show_run
@@ -143,7 +147,8 @@ def go_on(run: str, exactness: str | None, from_step: int | None, insecure: bool
     allowed = None if exactness is None else read_level(exactness, "--exactness")
     found = find_run(run)
     if isinstance(found, Record) and found.cluster is not None:
-        record = resubmit(found, exactness=allowed, from_step=from_step, insecure=insecure)
+        how = {"exactness": allowed, "from_step": from_step, "insecure": insecure}
+        record = resubmit(found, _warn, **how)
         lines = [f"submitted {record.submissions[-1].id}", *commands(record.id)]
         typer.echo("\n".join(lines))
         return 0

@@ -61,11 +61,10 @@ def k8s(
     from .cluster.render.order import Wanted
 
     wanted = Wanted(recipe, changes or (), cluster, storage, nodes, gpus, cores, run_id)
+    _write(wanted, lambda order: render_k8s(order, image or default_image(), claim), out)
     if image is None:
-        image = default_image()
-        note = f"note: the manifest names image {image}, which you have to build and push; "
-        typer.echo(note + "--image names another one", err=True)
-    _write(wanted, lambda order: render_k8s(order, image, claim), out)
+        note = f"note: the manifest names image {default_image()}, which you have to build and push"
+        typer.echo(f"{note}; --image names another one", err=True)
 
 
 @app.command()

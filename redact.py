@@ -191,13 +191,18 @@ def _known(environment: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 def _of_home(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """What netrc files, Weights & Biases, Hugging Face, AWS and Ray keep in the home directory."""
-    home = Path(environment.get("HOME") or "~").expanduser()
+    home = Path(environment.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111, never raises
     for path in (environment.get("NETRC", ""), home / ".netrc", home / "_netrc"):
-        with suppress(netrc.NetrcParseError, OSError, UnicodeDecodeError):
-            for _, _, password in netrc.netrc(path).hosts.values() if path else ():
+        with suppress(netrc.NetrcParseError, OSError, UnicodeDecodeError, RuntimeError):
+            file = Path(path).expanduser()
+            for _, _, password in netrc.netrc(file).hosts.values() if path else ():
                 yield password or "", str(path)
     wandb = Path(environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
-    for path in (wandb / "settings", home / ".aws" / "credentials"):
+    with suppress(RuntimeError):
+        wandb = wandb.expanduser()
+    here = Path(environment.get("WANDB_DIR") or ".") / "wandb"
+    aws = Path(environment.get("AWS_SHARED_CREDENTIALS_FILE") or home / ".aws" / "credentials")
+    for path in (wandb / "settings", here / "settings", aws):
         parser = configparser.ConfigParser(interpolation=None, default_section="default")
         with suppress(configparser.Error, OSError, UnicodeDecodeError):
             parser.read(path, "utf-8")
@@ -214,5 +219,7 @@ def _first_line(path: Path) -> str:
     """Of a small file; empty where there is none."""
     with suppress(OSError, UnicodeDecodeError):
         if path.is_file() and path.stat().st_size <= _LARGEST:
-            return path.read_text("utf-8").strip().partition("\n")[0].strip()
+            line = path.read_text("utf-8").strip().partition("\n")[0].strip()
+            # The head of a section or of a key is no credential.
+            return "" if line.startswith(("[", "-----BEGIN")) else line
     return ""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Correctness of every GPU kernel, training, then the timing tables of the kernels: under 11 minutes
+# Correctness of every GPU kernel, training, then the timing tables of the kernels: under 12 minutes
 # on one Hopper GPU.
 # Usage: benchmarks/gpu.sh [FOLDER FOR RESULTS]. Needs torch for CUDA, triton, pytest, hypothesis
 # and, for the CUDA C++ kernels, cuda-core; not the package installed. With pytest-xdist the tests

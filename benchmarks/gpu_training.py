@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from longspan.trainer.observe.events import read_events
 
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
@@ -139,15 +140,7 @@ class Trained:
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Those of a kind; half-written lines are left out."""
         path = self.folder / self.name / "events.jsonl"
-        found = []
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("event") == kind:
-                found.append(event)
-        return found
+        return [dict(event) for event in read_events(path) if event.get("event") == kind]
 
     def steps(self) -> dict[int, dict[str, Any]]:
         """The newest event of each step."""

@@ -25,7 +25,8 @@ Cause = Literal["complete", "stopped", "user", "infrastructure", "preemption"]
 _SECOND_HAND = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket timeout|timed out|nccl|gloo|"
     r"cuda error|cudnn_status|cublas_status|ecc error|address already in use|eaddrinuse|"
-    r"distbackenderror|distnetworkerror|stale file handle|input/output error|"
+    r"distbackenderror|distnetworkerror|diststoreerror|wait timeout|"
+    r"stale file handle|input/output error|"
     r"transport endpoint|no route to host|network is unreachable|getactortimeout|actordied|"
     r"ray\.exceptions",
     re.IGNORECASE,
@@ -92,7 +93,8 @@ def judge(found: Evidence, describe: Callable[[int, int], Failure]) -> Verdict:
     codes = {rank: end.code for rank, end in found.ends.items()}
     if found.complete or (codes and len(codes) == found.ranks and not any(codes.values())):
         return Verdict("complete", COMPLETE)
-    if found.asked and not found.lost and set(codes.values()) <= {COMPLETE, STOPPED}:
+    clean = set(codes.values()) <= {COMPLETE, STOPPED} and not found.failures
+    if found.asked and not found.lost and clean:
         return Verdict("stopped", STOPPED)
     if found.asked and INTERRUPTED in codes.values():
         return Verdict("stopped", INTERRUPTED)
@@ -108,7 +110,9 @@ def judge(found: Evidence, describe: Callable[[int, int], Failure]) -> Verdict:
     if found.hang is not None:
         node = found.hang.node
         return Verdict("infrastructure", CRASHED, _words(found.hang.words), (node,) if node else ())
-    if failure is not None and _is_the_users(failure, bad):
+    # A rank that loses another one while they save says so in the words of a failed save.
+    taken_along = failure is not None and bool(found.died.keys() - {failure.rank})
+    if failure is not None and not taken_along and _is_the_users(failure, bad):
         return Verdict("user", failure.exit_code, failure)
     return _infrastructure(found, failure)
 

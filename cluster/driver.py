@@ -28,7 +28,15 @@ from ..errors import CheckpointError, LongspanError, RunError
 from ..trainer.checkpoint.choice import newest_step, refuse_complete, set_aside_newer
 from ..trainer.checkpoint.store import Store, open_store
 from ..trainer.exactness import Level, described
-from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED, USER_ERROR, clear_failures
+from ..trainer.failure import (
+    COMPLETE,
+    CRASHED,
+    INTERRUPTED,
+    STOPPED,
+    USER_ERROR,
+    clear_failures,
+    shown,
+)
 from ..trainer.observe.attempts import ended, launched, queued
 from ..trainer.observe.events import EventLog, newest_attempt
 from ..trainer.observe.summary import render_complete
@@ -46,7 +54,6 @@ from .recovery import recovery_line
 from .voice import Voice
 from .watch import Watch
 
-_SHOWN_LINES = 12
 _RANKS_END_S = 120.0
 """Ranks that lost the head of their cluster end after its reconnect time-out, 60 s by default."""
 
@@ -243,10 +250,7 @@ class Driver:
         if verdict.code == COMPLETE:
             return
         if verdict.code in (CRASHED, USER_ERROR) and failure is not None:
-            complain(f"\nerror: {failure.message}")
-            if failure.kind == "internal" and failure.traceback:
-                lines = failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
-                complain("\n".join(f"  {line}" for line in lines))
+            complain(shown(failure))
             complain(f"  logs: {directory}/logs")
         try:
             step = newest_step(store)

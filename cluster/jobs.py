@@ -92,7 +92,7 @@ class Jobs:
 
     Args:
         cluster: Which one.
-        timeout_s: How long an answer may take; left out: 20.
+        timeout_s: How long an answer may take; left out: 30.
 
     Raises:
         ClusterError: From here on, for everything that a cluster cannot or does not want to do.

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import LongspanError
 from ..redact import redact_text
+from ..trainer.checkpoint.survey import columns
 from ..trainer.observe.terminal import duration
 from ..trainer.run_directory import RunDirectory
 from ..trainer.status import read_status, render_status
@@ -128,12 +129,7 @@ def _from_afar(standing: Standing) -> list[str]:
 
 def _table(shown: Sequence[Standing]) -> list[str]:
     head = ("run", "where", "state", "step", "loss", "started")
-    rows = [_row(standing) for standing in shown]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
+    return columns([head, *map(_row, shown)])
 
 
 def _row(standing: Standing) -> tuple[str, ...]:

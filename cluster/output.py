@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 from ..errors import ClusterError, RunError
 from ..redact import redact_text
 from ..trainer.failure import COMPLETE, CRASHED, INTERRUPTED, STOPPED
+from ..trainer.observe.events import read_events
 from ..trainer.observe.sink import StepMetrics
 from ..trainer.observe.terminal import Terminal
 from ..trainer.run_directory import RunDirectory
@@ -143,7 +145,12 @@ def _of_rank(directory: RunDirectory, rank: int, stream: TextIO, follow: bool) -
     for line in _lines(file, _alive(directory) if follow else lambda: False):
         stream.write(redact_text(line))
         stream.flush()
-    return COMPLETE
+    if not follow:
+        return COMPLETE
+    replay = Replay(directory, io.StringIO())
+    for event in read_events(directory.events):
+        replay.see(event)
+    return replay.code
 
 
 def _of_events(directory: RunDirectory, stream: TextIO, follow: bool) -> int:
@@ -199,7 +206,7 @@ class Replay:
         clock = itertools.count(step=3600.0).__next__
         self._terminal = Terminal(str(directory), stream, live=False, clock=clock)
         self.code = CRASHED
-        """The exit code of the newest attempt that has ended."""
+        """The exit code of the newest attempt; of a crash until it has ended."""
 
     def see(self, event: Mapping[str, Any]) -> None:
         """Print one event, if a terminal shows it; one that is torn or strange is left out."""
@@ -228,6 +235,7 @@ class Replay:
     def _see(self, name: str, event: Mapping[str, Any]) -> None:
         out = self._terminal
         if name == "launched":
+            self.code = CRASHED
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._time))
             out.message(f"attempt {event['attempt']}, {when}, ranks: {event.get('ranks', '?')}")
         elif name == "ended":

@@ -127,7 +127,7 @@ class Rank:
         self._ray, self._task, self._rank, self._ranks = ray, task, rank, ranks
         self._directory = RunDirectory(Path(task.run_dir))
         self._node = ray.get_runtime_context().get_node_id()
-        self._station = Station(self._directory.path, task.attempt, self._node)
+        self._station: Station
         self._report: Any = None
         self._next_report = 0.0
         self._dumped = False
@@ -140,6 +140,7 @@ class Rank:
     def run(self) -> int:
         """See `work`."""
         try:
+            self._station = Station(self._directory.path, self._task.attempt, self._node)
             given = self._join()
             if given.order in ("stop", "end"):
                 return STOPPED
@@ -177,7 +178,7 @@ class Rank:
             child = subprocess.Popen(
                 [*_WORKER, str(self._directory.path)],
                 env=environment,
-                cwd=self._working_directory(),
+                cwd=self._directory.working_directory(self._directory.path),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log.fileno(),
                 stderr=self._log.fileno(),
@@ -187,11 +188,6 @@ class Rank:
         self._log.start()
         self._station.started(self._rank, child.pid)
         return child
-
-    def _working_directory(self) -> Path:
-        """What relative paths of the recipe refer to, where the nodes have it."""
-        recorded = self._directory.read_environment().get("working_directory")
-        return Path(recorded) if recorded and Path(recorded).is_dir() else self._directory.path
 
     def _environment(self, given: Assignment) -> dict[str, str]:
         task, logs = self._task, self._directory.logs
@@ -235,6 +231,8 @@ class Rank:
                 if (order == "stop" or self._noticed) and self._told_at == math.inf:
                     self._told_at = time.monotonic()
                     child.send_signal(signal.SIGTERM)
+                if not first and self._told_at == math.inf and not self._station.folder.exists():
+                    self._told_at = time.monotonic()  # who told of this node has ended
                 if time.monotonic() > self._told_at + self._task.grace:
                     self._end(child)
                     return INTERRUPTED

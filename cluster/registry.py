@@ -159,9 +159,9 @@ class Registry:
             if recipe is not None:
                 write_atomically(file.with_name(f"{record.id}.yaml"), recipe)
             write_atomically(file, json.dumps(asdict(record), indent=2) + "\n")
-        except FileExistsError:
-            raise
         except OSError as error:
+            if new and isinstance(error, FileExistsError) and file.exists():
+                raise
             what = f"{file} cannot be written: {error.strerror or error}"
             raise RunError(what, "mend that, or name another folder with LONGSPAN_HOME") from None
 

@@ -28,6 +28,12 @@ class Shape:
     gpu: bool
     said_by: str
 
+    @classmethod
+    def of(cls, nodes: int, gpus: int, cores: int | None, said_by: str) -> Shape:
+        """Equal nodes; a rank takes a core beside its GPU."""
+        each = min(gpus, cores or gpus) if gpus else cores
+        return cls(nodes, None if each is None else (each,) * nodes, gpus > 0, said_by)
+
     @property
     def gpus(self) -> int:
         """GPUs over all nodes."""
@@ -72,9 +78,7 @@ def shape_of(cluster: Cluster, jobs: Jobs) -> tuple[Shape, list[str]]:
     written = cluster.settings.nodes
     if written is None:
         return now, []
-    each = written.gpus or written.cores
-    slots = None if each is None else (each,) * written.count
-    shape = Shape(written.count, slots, written.gpus > 0, "clusters.yaml")
+    shape = Shape.of(written.count, written.gpus, written.cores, "clusters.yaml")
     if now.nodes < shape.nodes or now.gpus < shape.gpus:
         verb = "is" if now.nodes == 1 else "are"
         return shape, [f"of {shape.words} (clusters.yaml), {now.words} {verb} up now"]

@@ -29,6 +29,7 @@ class Station:
         key = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
         home = Path(tempfile.gettempdir()) / f"longspan-{os.getuid()}"
         self._run = home / f"{key}-{node[:16]}"
+        self._attempt = attempt
         self.folder = self._run / str(attempt)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.node = node
@@ -75,8 +76,12 @@ class Station:
         return None
 
     def close(self) -> None:
-        """Leave nothing of this run on the node."""
-        shutil.rmtree(self._run, ignore_errors=True)
+        """Leave nothing of this attempt and of older ones on the node: a newer one may be here."""
+        with suppress(OSError):
+            for old in self._run.iterdir():
+                if int(old.name) <= self._attempt:
+                    shutil.rmtree(old, ignore_errors=True)
+            self._run.rmdir()
 
     def look(self, floor: float, first: float, dumped: bool) -> NodeReport:
         """Look at all ranks of the node.

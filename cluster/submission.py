@@ -19,7 +19,7 @@ from ..recipes.loading import load_recipe
 from ..recipes.outline import rough
 from ..recipes.recipe import Recipe
 from ..trainer.exactness import Level
-from ..trainer.run_directory import settings_hash
+from ..trainer.run_directory import refuse_credentials, settings_hash
 from ..trainer.settings import RunSettings
 from .clusters import Cluster, find_cluster, known_cluster
 from .door import NoAnswer
@@ -31,8 +31,8 @@ from .registry import Place, Record, Registry, check_id, new_id
 from .shape import Shape, shape_of
 from .wheel import build_wheel
 
-_ENDING_S = 60
-"""Seconds beyond `recovery.grace` in which a driver that was asked to stop may end by itself."""
+ENDING_S = 60
+"""Seconds beyond `recovery.grace` in which a run that was asked to stop may end by itself."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,12 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     Raises:
         RecipeError: What is wrong with the recipe.
         ClusterError: The cluster cannot take it.
-        RunError: The id is that of a run of another recipe.
+        RunError: The id is that of a run of another recipe, or the recipe holds a credential.
     """
     if order.run_id is not None:
         check_id(order.run_id)
     recipe = load_recipe(order.recipe, order.changes)
+    refuse_credentials(recipe.run())  # it travels, and is kept where others may read it
     cluster, registry = find_cluster(order.cluster, order.storage), Registry()
     jobs = Jobs(cluster)
     for warning in jobs.check(insecure=order.insecure):
@@ -105,8 +106,8 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     expected = forecast(recipe, found.ranks, record.shape, registry)
     for line in _plan(record, recipe, shape, found, expected):
         say(line)
-    wheel = build_wheel()
     if order.dry_run:
+        wheel = build_wheel()
         say(f"code     {wheel.path.name}, {wheel.path.stat().st_size / 1024:,.0f} KiB")
         return Submitted(record, "dry")
     text = resolved(recipe.run(), recipe.name)
@@ -115,6 +116,7 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
 
 def resubmit(
     record: Record,
+    warn: Callable[[str], None],
     *,
     exactness: Level | None = None,
     from_step: int | None = None,
@@ -124,17 +126,19 @@ def resubmit(
 
     Args:
         record: A run on a cluster.
+        warn: Told what may not be wanted.
         exactness: The level that this resume may fall to; None: as the run says.
         from_step: Of the checkpoint to go on from; None: the newest.
         insecure: Take a cluster that asks for no token.
 
     Raises:
         ClusterError: The cluster cannot take it.
-        RunError: A job works on it, or it is complete.
+        RunError: A job works on it.
     """
     cluster, registry = cluster_of(record), Registry()
     jobs = Jobs(cluster)
-    jobs.check(insecure=insecure)
+    for warning in jobs.check(insecure=insecure):
+        warn(warning)
     found = jobs.of_run(record.id)
     if live := [job for job in found if job.is_live]:
         raise RunError(
@@ -261,7 +265,7 @@ def _send(
             variables={
                 RECIPE: text,
                 # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
-                "RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + _ENDING_S),
+                "RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + ENDING_S),
             },
             metadata={RUN_KEY: record.id, SETTINGS_KEY: settings_hash(run)},
         )

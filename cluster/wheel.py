@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -55,7 +56,7 @@ def build_wheel(root: Path = _ROOT, cache: Path | None = None) -> Wheel:
         path = folder / f"{_NAME}-{__version__}-py3-none-any.whl"
         if not path.is_file() or path.read_bytes() != content:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".writing")
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
             temporary.write_bytes(content)
             temporary.replace(path)
     except OSError as error:

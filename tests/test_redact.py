@@ -130,6 +130,13 @@ def test_credentials_in_the_files_of_the_home_directory_are_hidden(monkeypatch, 
     text = f"refused: {' '.join(keys.values())}"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert redact_text(text) == "refused: *** *** *** *** *** ***"
+    (tmp_path / "elsewhere").write_text("[default]\naws_secret_access_key = of-elsewhere-12\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "elsewhere"))
+    assert redact_text("[default] of-elsewhere-12") == "[default] ***"
+    monkeypatch.delenv("AWS_SHARED_CREDENTIALS_FILE")
+    monkeypatch.setenv("NETRC", "~/other")
+    (tmp_path / ".netrc").rename(tmp_path / "other")
+    assert redact_text(keys["netrc"]) == "***"
     found = dict(known_credentials({"a": [keys["aws"], {"b": f"x{keys['file']}"}], "c": "clean"}))
     assert found == {"a.0": f"{tmp_path}/.aws/credentials", "a.1.b": str(tmp_path / "key")}
 

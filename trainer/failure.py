@@ -30,6 +30,7 @@ INTERRUPTED = 130
 
 LAUNCHER_PID = "LONGSPAN_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
+_SHOWN_LINES = 12
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TAIL_CHARACTERS = 8000
 # A rank that aborts is often the victim of another one that went away.
@@ -89,6 +90,14 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> int:
         with suppress(OSError):
             print(f"rank {rank}: {shown}", file=sys.stderr, flush=True)
     return failure.exit_code
+
+
+def shown(failure: Failure) -> str:
+    """What to print of a failure: of one that the user can mend, the message says it all."""
+    lines = [f"\nerror: {failure.message}"]
+    if failure.kind == "internal" and failure.traceback:
+        lines += [f"  {line}" for line in failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]]
+    return "\n".join(lines)
 
 
 def failure_path(run_dir: Path, rank: int) -> Path:

@@ -123,7 +123,10 @@ def open_heartbeat() -> Heartbeat:
     path = os.environ.get(HEARTBEAT)
     try:
         return Heartbeat(Path(path) if path else None)
-    except OSError:  # whoever watches sees nothing then; the run itself needs no heartbeat
+    except (
+        OSError,
+        ValueError,
+    ):  # whoever watches sees nothing then; the run itself needs no heartbeat
         return Heartbeat()
 
 
@@ -145,7 +148,8 @@ def read_beat(path: Path) -> Beat | None:
 def _mapped(path: Path) -> mmap.mmap:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(handle, _FORM.size)
+        # Written, not only given a size: a full disk shows here, and does not end the rank later.
+        os.write(handle, bytes(_FORM.size))
         return mmap.mmap(handle, _FORM.size)
     finally:
         os.close(handle)

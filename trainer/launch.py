@@ -12,7 +12,7 @@ from .checkpoint.choice import newest_step, refuse_complete, set_aside_newer
 from .checkpoint.store import Store, open_store
 from .devices import gpu_count
 from .exactness import Level, allow
-from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures
+from .failure import COMPLETE, CRASHED, USER_ERROR, Failure, clear_failures, shown
 from .gang import Gang, say
 from .observe.attempts import ended, launched
 from .observe.summary import render_complete
@@ -25,8 +25,6 @@ from .torchrun import join_torchrun, under_torchrun
 # -P: a file of the user's folder must not stand in for a package of the same name.
 WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
 """The command of one rank; the run directory is its argument."""
-
-_SHOWN_LINES = 12
 
 
 def train(
@@ -150,10 +148,8 @@ def _report(directory: RunDirectory, store: Store, code: int, failure: Failure |
     if code == COMPLETE:
         return
     if code in (CRASHED, USER_ERROR) and failure is not None:
-        say(f"\nerror: {failure.message}")
+        say(shown(failure))
         if failure.kind == "internal" and failure.traceback:
-            lines = failure.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
-            say("\n".join(f"  {line}" for line in lines))
             say(f"  logs: {directory}/logs")
     try:
         step = newest_step(store)

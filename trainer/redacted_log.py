@@ -6,7 +6,6 @@ import io
 import os
 import threading
 from contextlib import suppress
-from types import TracebackType
 
 from ..redact import redact_text
 
@@ -52,17 +51,6 @@ class RedactedLog:
             self._pipe = -1
         if self._thread is not None:
             self._thread.join(_LATE_S)
-
-    def __enter__(self) -> RedactedLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _copy(self) -> None:
         rest = b""

@@ -144,10 +144,14 @@ class RunDirectory:
         """environment.json; empty when it is missing or torn."""
         return _read_object(self.environment) or {}
 
-    def working_directory(self) -> Path:
-        """Where the run was created, which its relative data paths refer to, if still there."""
+    def working_directory(self, otherwise: Path | None = None) -> Path:
+        """Where the run was created, which its relative data paths refer to, if it is there.
+
+        Args:
+            otherwise: If it is not; left out: the working directory of this process.
+        """
         recorded = self.read_environment().get("working_directory")
-        return Path(recorded) if recorded and Path(recorded).is_dir() else Path.cwd()
+        return Path(recorded) if recorded and Path(recorded).is_dir() else otherwise or Path.cwd()
 
     def is_complete(self) -> bool:
         """Whether the run was trained to its end."""
@@ -187,7 +191,7 @@ def create_or_open(path: Path, run: RunSettings, name: str) -> RunDirectory:
     try:
         if not directory.is_run():
             _refuse_foreign(directory)
-            _refuse_credentials(run)
+            refuse_credentials(run)
             directory.path.mkdir(parents=True, exist_ok=True)
             with directory.lock():
                 if not directory.is_run():
@@ -254,8 +258,12 @@ def _write_recipe(directory: RunDirectory, run: RunSettings, name: str) -> None:
     write_atomically(directory.recipe, header + body)
 
 
-def _refuse_credentials(run: RunSettings) -> None:
-    """The recipe is kept as it is, with the run, its checkpoints and whoever tracks it."""
+def refuse_credentials(run: RunSettings) -> None:
+    """A recipe is kept as it is: with the run, its checkpoints and whoever tracks it.
+
+    Raises:
+        RunError: It holds a credential of this machine.
+    """
     for path, source in known_credentials(run.model_dump(mode="json", by_alias=True)):
         raise RunError(
             f"{path} holds a credential, that of {source}: a recipe is kept with every run of it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from typing import Any
 
@@ -9,7 +10,8 @@ import yaml
 
 from ... import __version__
 from ..jobs import RUN_KEY
-from .order import ENDING_S, Order, label
+from ..submission import ENDING_S
+from .order import Order, label
 
 RAY_VERSION = "2.52.0"
 """The oldest with tokens; KubeRay refuses them for less, and the image may have a newer one."""
@@ -37,6 +39,14 @@ def default_image() -> str:
     return f"longspan:{__version__}"
 
 
+def job_name(run_id: str) -> str:
+    """A run's id as Kubernetes takes it; where that changes it, a name that no other run has."""
+    plain = label(run_id)
+    if plain == run_id:
+        return plain
+    return f"{label(run_id, 33)}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
+
+
 def manifest(order: Order, image: str, claim: str) -> list[dict[str, Any]]:
     """The recipe as a ConfigMap, and the RayJob that runs it.
 
@@ -45,7 +55,7 @@ def manifest(order: Order, image: str, claim: str) -> list[dict[str, Any]]:
         image: That has longspan.
         claim: The PersistentVolumeClaim of the storage.
     """
-    name = label(order.run_id)
+    name = job_name(order.run_id)
     recipe = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -91,7 +101,7 @@ def render_k8s(order: Order, image: str, claim: str) -> str:
         version=__version__,
         image=image,
         secrets=secrets,
-        job=label(order.run_id),
+        job=job_name(order.run_id),
     )
     documents = manifest(order, image, claim)
     return head + "---\n".join(

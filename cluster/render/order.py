@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...errors import RunError
 from ...recipes.loading import load_recipe
+from ...trainer.run_directory import refuse_credentials
 from ..clusters import Cluster, clusters_file, find_cluster
 from ..fit import fit
 from ..registry import check_id, new_id
@@ -16,8 +17,6 @@ from ..shape import Shape
 from ..submission import resolved
 
 _CORES_PER_GPU = 8
-ENDING_S = 60
-"""Seconds beyond `recovery.grace` in which a run that was asked to stop may end by itself."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,13 @@ def take(wanted: Wanted) -> Order:
     Raises:
         RecipeError: What is wrong with the recipe on such nodes.
         ClusterError: No such cluster is known.
-        RunError: The nodes are not known, or the id is none.
+        RunError: The nodes are not known, the id is none, or the recipe holds a credential.
     """
     if wanted.run_id is not None:
         check_id(wanted.run_id)
-    recipe, cluster = load_recipe(wanted.recipe, wanted.changes), _cluster(wanted)
+    recipe = load_recipe(wanted.recipe, wanted.changes)
+    refuse_credentials(recipe.run())
+    cluster = _cluster(wanted)
     known = cluster.settings.nodes
     nodes, gpus = wanted.nodes, wanted.gpus
     cores = wanted.cores if wanted.cores is not None else (known.cores if known else None)
@@ -113,9 +114,7 @@ def take(wanted: Wanted) -> Order:
             f"to {clusters_file()}",
         )
     gpus = gpus or 0
-    each = gpus or cores
-    slots = None if each is None else (each,) * nodes
-    found = fit(recipe, cluster, Shape(nodes, slots, gpus > 0, "the nodes that were given"))
+    found = fit(recipe, cluster, Shape.of(nodes, gpus, cores, "the nodes that were given"))
     return Order(
         run_id=wanted.run_id or new_id(recipe.name),
         name=recipe.name,

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import yaml
 
 from ...errors import RunError
-from .order import ENDING_S, Order
+from ..submission import ENDING_S
+from .order import Order
 
 _END = "END_OF_FILE"
 _PORT = "@PORT@"

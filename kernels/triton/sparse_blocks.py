@@ -29,7 +29,6 @@ from .sparse_steps import (
     load_rows,
     part_of,
     rows_of_choices,
-    store_part,
     store_rows,
 )
 from .sparse_work import Work, cut, take
@@ -201,7 +200,7 @@ def _parts(
         weights_MN = narrow(weights_MN * share_M[:, None], v_NV.dtype)
         out_MV = product(weights_MN, v_NV)
         to_M = part_of(token_M - token0, head_M, entry_M * KT + tile, heads, N * KT)
-        store_part(part, to_M * V, live_M, out_MV, V, VP)
+        store_rows(part, to_M * V, live_M, out_MV, V, VP, READ_ONCE=True)
         tl.store(sums + to_M, peak_M + tl.log2(sum_M), mask=live_M)
 
 

@@ -25,7 +25,6 @@ from .sparse_steps import (
     load_rows,
     part_of,
     rows_of_choices,
-    store_part,
     store_rows,
 )
 from .sparse_work import take
@@ -124,7 +123,7 @@ def _parts(
             dlogits_MN *= slope_of(capped_MN, softcap)
         dq_MD = product(narrow(dlogits_MN, k_ND.dtype), k_ND)
         to_M = part_of(token_M - token0, head_M, entry_M * KT + tile, heads, N * KT)
-        store_part(part, to_M * D, live_M, dq_MD, D, DP)
+        store_rows(part, to_M * D, live_M, dq_MD, D, DP, READ_ONCE=True)
 
 
 @triton.jit(do_not_specialize=["token0", "rows"])

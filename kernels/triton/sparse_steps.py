@@ -25,26 +25,21 @@ def load_rows(base, offset_M, live_M, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def store_rows(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """The opposite of `load_rows`."""
+def store_rows(
+    base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    READ_ONCE: tl.constexpr = False,
+):  # fmt: skip
+    """The opposite of `load_rows`; what is read once and late gets no room in the L2 cache."""
     at = tl.arange(0, PADDED)
     live = live_M[:, None]
     if SIZE != PADDED:
         live = live & (at < SIZE)[None, :]
     to = base + offset_M[:, None] + at[None, :]
-    tl.store(to, narrow(rows_MD, base.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def store_part(base, offset_M, live_M, rows_MD, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """`store_rows` of partial results: read once and late, they need no room in the L2 cache."""
-    at = tl.arange(0, PADDED)
-    live = live_M[:, None]
-    if SIZE != PADDED:
-        live = live & (at < SIZE)[None, :]
-    to = base + offset_M[:, None] + at[None, :]
-    part = narrow(rows_MD, base.dtype.element_ty)
-    tl.store(to, part, mask=live, eviction_policy="evict_first")
+    rows = narrow(rows_MD, base.dtype.element_ty)
+    if READ_ONCE:
+        tl.store(to, rows, mask=live, eviction_policy="evict_first")
+    else:
+        tl.store(to, rows, mask=live)
 
 
 @triton.jit

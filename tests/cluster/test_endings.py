@@ -26,7 +26,7 @@ def alive(pid):
     return True
 
 
-def a_users_error_ends_the_run_at_once(cluster, reference, texts, tmp_path):
+def assert_a_users_error_ends_the_run_at_once(cluster, reference, texts, tmp_path):
     run = cluster_run(texts)
     (stage,) = run["stages"]
     nothing = {"sources": [{"kind": "text", "paths": [str(tmp_path / "nothing.txt")]}]}
@@ -40,7 +40,7 @@ def a_users_error_ends_the_run_at_once(cluster, reference, texts, tmp_path):
     assert len(drive.events("launched")) == 1
 
 
-def a_full_disk_ends_the_run_at_once(cluster, reference, texts, tmp_path):
+def assert_a_full_disk_ends_the_run_at_once(cluster, reference, texts, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
@@ -62,7 +62,7 @@ def a_full_disk_ends_the_run_at_once(cluster, reference, texts, tmp_path):
     assert len(drive.events("launched")) == 1
 
 
-def a_spent_budget_ends_the_run(cluster, reference, texts, tmp_path):
+def assert_a_spent_budget_ends_the_run(cluster, reference, texts, tmp_path):
     recovery = {"retries": {"infrastructure": 0}}
     drive = Drive(cluster, cluster_run(texts, recovery=recovery), tmp_path / "run", *QUICK)
     drive.wait_for(lambda: made(drive) > EVERY)
@@ -74,7 +74,7 @@ def a_spent_budget_ends_the_run(cluster, reference, texts, tmp_path):
     assert len(drive.events("launched")) == 1
 
 
-def a_stopped_and_a_killed_driver_lose_nothing(cluster, reference, texts, tmp_path):
+def assert_a_stopped_and_a_killed_driver_lose_nothing(cluster, reference, texts, tmp_path):
     drive = Drive(cluster, cluster_run(texts), tmp_path / "run", *QUICK)
     drive.wait_for(lambda: made(drive) > EVERY)
     other = Drive(cluster, cluster_run(texts), tmp_path / "run", *QUICK)
@@ -97,7 +97,7 @@ def a_stopped_and_a_killed_driver_lose_nothing(cluster, reference, texts, tmp_pa
     reference.assert_history(third.run_dir, EVERY)
 
 
-def fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
+def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     run, more = cluster_run(texts, ranks_at_least=1), (*QUICK, "--wait", "3")
     drive = Drive(cluster, run, tmp_path / "run", *more)
     drive.wait_for(lambda: made(drive) > EVERY)
@@ -117,14 +117,16 @@ def fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
 
 
 ENDINGS = (
-    a_users_error_ends_the_run_at_once,
-    a_full_disk_ends_the_run_at_once,
-    a_spent_budget_ends_the_run,
-    a_stopped_and_a_killed_driver_lose_nothing,
-    fewer_ranks_do_where_they_may,
+    assert_a_users_error_ends_the_run_at_once,
+    assert_a_full_disk_ends_the_run_at_once,
+    assert_a_spent_budget_ends_the_run,
+    assert_a_stopped_and_a_killed_driver_lose_nothing,
+    assert_fewer_ranks_do_where_they_may,
 )
 
 
-@pytest.mark.parametrize("ending", sample("cluster endings", ENDINGS, 1), ids=lambda e: e.__name__)
-def test_a_run_ends_as_it_should(cluster, reference, texts, tmp_path, ending):
-    ending(cluster, reference, texts, tmp_path)
+@pytest.mark.parametrize(
+    "assert_ending", sample("cluster endings", ENDINGS, 1), ids=lambda e: e.__name__
+)
+def test_a_run_ends_as_it_should(cluster, reference, texts, tmp_path, assert_ending):
+    assert_ending(cluster, reference, texts, tmp_path)

@@ -100,5 +100,8 @@ def test_one_rank_tells_of_all_on_its_node(tmp_path, monkeypatch):
     station.give("stop")
     assert Station(tmp_path / "run", 2, "node").order() == "stop"
     assert Station(tmp_path / "run", 3, "node").order() == "go on"
+    newer = Station(tmp_path / "run", 3, "node")
     station.close()
+    assert newer.folder.is_dir() and not station.folder.exists()
+    newer.close()
     assert not list((tmp_path).glob("longspan-*/*"))

@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 from longspan.cluster.render import k8s
+from longspan.cluster.render.k8s import job_name
 from longspan.cluster.render.order import Order, Wanted, label, take
 from longspan.cluster.render.slurm import render_slurm
 from longspan.errors import LongspanError, RunError
@@ -132,6 +133,12 @@ def test_names_are_those_of_kubernetes():
     assert label("Llama-3.1_8B--x") == "llama-3-1-8b-x"
     assert label("a" * 39 + "-" + "b" * 20) == "a" * 39
     assert label("...") == "run"
+    assert job_name("mine-261126-abcdef") == "mine-261126-abcdef"
+    long = {
+        job_name("a" * 40 + end) for end in ("-261126-abcdef", "-261126-abcdeg", "-261127-abcdef")
+    }
+    assert len(long) == 3 and max(map(len, long)) <= 40
+    assert job_name("a.b") != job_name("a-b")
 
 
 def wanted(**more):

@@ -1,7 +1,6 @@
 """A real Ray cluster on this machine: a head and worker nodes of their own, with token auth."""
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import longspan
 import yaml
+from longspan.trainer.observe.events import read_events
 
 STORE_BYTES = 80 * 2**20
 HOME = Path(longspan.__file__).parents[1]
@@ -174,15 +174,8 @@ class Drive:
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         """What happened up to now; of one kind, or all."""
-        try:
-            lines = (self.run_dir / "events.jsonl").read_text().splitlines()
-        except OSError:
-            return []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [event for event in found if name in ("", event["event"])]
+        events = read_events(self.run_dir / "events.jsonl")
+        return [event for event in events if name in ("", event["event"])]
 
     def wait_for(self, what, seconds: float = 300.0) -> Any:
         """Wait until `what()` is true, and return it."""

@@ -1,7 +1,7 @@
 """A stand-in for the package wandb, put on the path of a tracker: it writes down what it is told.
 
-FAKE_WANDB says how it misbehaves: `hangs` when a run starts, `slow` with each row, `breaks` at the
-third row of its first run, `dies` there with its process, `late` when the run ends.
+FAKE_WANDB says how it misbehaves: `hangs` or is `broken` when a run starts, `slow` with each row,
+`breaks` at the third row of its first run, `dies` there with its process, `late` when the run ends.
 """
 
 CODE = """
@@ -67,6 +67,8 @@ def init(mode, dir, **_):
     global runs
     runs += 1
     tell("init", mode)
+    if HOW == "broken":
+        raise ConnectionResetError("Connection refused")
     if HOW == "hangs":
         time.sleep(3600)
     if HOW == "refuses" and mode == "online":

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LongspanError
-from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.store import open_store
+from ..checkpoint.survey import committed_at
 from ..run_directory import RunDirectory, write_atomically
 from ..settings import RunSettings
 from .sink import Sink, StepMetrics, numbers
@@ -209,10 +209,8 @@ def identity(directory: RunDirectory) -> dict[str, str]:
 
 def _id_of_checkpoint(directory: RunDirectory, run: RunSettings) -> str | None:
     with suppress(LongspanError, AttributeError, TypeError):
-        store = open_store(run.checkpoint.where, directory.path)
-        for name in store.committed()[-1:]:
-            info = read_manifest(CheckpointFiles(store, name)).info
-            return info.get("tracking", {}).get("wandb")
+        files = committed_at(open_store(run.checkpoint.where, directory.path), None)
+        return read_manifest(files).info.get("tracking", {}).get("wandb")
     return None
 
 

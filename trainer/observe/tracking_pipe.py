@@ -65,7 +65,7 @@ class TrackingPipe:
         while self._pending and self._process and time.monotonic() < deadline:
             time.sleep(0.05)
             self._flush()
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
         assert process.stdin is not None
@@ -79,6 +79,7 @@ class TrackingPipe:
                 "the rest follows in the background; `longspan status` says what was not uploaded"
             )
             self._console.message(f"{self._name}: {rest}")
+        self._process = None
 
     def _flush(self) -> None:
         process = self._process

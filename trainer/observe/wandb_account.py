@@ -156,12 +156,13 @@ def _netrc_passwords() -> dict[str, str]:
     """Passwords by host, of the first netrc file that there is."""
     choices = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     for path in (Path(choice).expanduser() for choice in choices if choice):
-        if path.exists():
-            try:
-                hosts = netrc.netrc(path).hosts
-            except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
-                return {}
-            return {host: password or "" for host, (_, _, password) in hosts.items()}
+        try:
+            if not path.exists():
+                continue
+            hosts = netrc.netrc(path).hosts
+        except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
+            return {}
+        return {host: password or "" for host, (_, _, password) in hosts.items()}
     return {}
 
 

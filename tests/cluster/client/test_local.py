@@ -198,6 +198,10 @@ def test_following_ends_with_the_run_and_its_exit_code(longspan, at_work):
         code, out, _ = longspan("logs", "-f", str(directory))
     assert code == 75
     assert "hello from the run" in out and "attempt 2 ended: stopped" in out
+    (directory.logs / "rank-1.log").write_text("of rank 1\n")
+    assert longspan("logs", "-f", "--rank", "1", str(directory))[:2] == (75, "of rank 1\n")
+    EventLog(directory.events, 3).write("launched", ranks=2)  # and killed without a word
+    assert longspan("logs", "-f", str(directory))[0] == 1
 
 
 def test_head_may_close_the_pipe(tmp_path):

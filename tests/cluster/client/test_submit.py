@@ -278,6 +278,9 @@ def test_the_file_says_what_a_cluster_can_grow_to(longspan, lab, dashboard):
     assert "ranks    32, one per GPU, on 4 nodes with 8 GPUs each" in out
     code, _, err = longspan("submit", "smoke", "--set", "ranks=64")
     assert code == 2 and "at most 32 GPUs: cluster lab has 4 nodes" in err
+    lab(nodes={"count": 4, "gpus": 8, "cores": 4})  # a rank takes a core beside its GPU
+    code, _, err = longspan("submit", "smoke", "--set", "ranks=32")
+    assert code == 2 and "at most 16 GPUs: cluster lab has 4 nodes with 4 GPUs each" in err
 
 
 def test_groups_that_talk_much_are_not_split(longspan, lab, dashboard):
@@ -383,3 +386,13 @@ def test_a_recipe_with_a_credential_is_refused(longspan, lab, dashboard):
     code, out, err = longspan("submit", "smoke", "--set", f"tracking.project=x?token={SECRET}")
     assert code == 2 and "no credential" in err and SECRET not in out + err
     assert not dashboard.posted()
+
+
+def test_a_recipe_with_a_key_of_this_machine_is_refused(longspan, lab, dashboard, monkeypatch):
+    """Under a name that says nothing: only the environment tells what it is."""
+    monkeypatch.setenv("STORE_SECRET", SECRET)
+    for verb in (["submit"], ["render", "slurm", "--nodes", "1", "--cores", "4"]):
+        code, out, err = longspan(*verb, "smoke", "--set", f"tracking.project=of-{SECRET}")
+        assert code == 2 and "tracking.project holds a credential" in err
+        assert SECRET not in out + err
+    assert not dashboard.posted() and Registry().records() == []

@@ -120,6 +120,15 @@ def test_a_tracker_that_dies_is_one_warning(directory, fake):
     assert len(console.warned) == 1 and "training goes on: its process ended" in console.warned[0]
 
 
+def test_a_tracker_that_fails_at_the_end_of_a_short_run_is_one_warning(directory, fake):
+    fake("broken")
+    console = Console()
+    tracking = tracker(directory, console)
+    tracking.step(metrics(1))
+    tracking.finished({})
+    assert len(console.warned) == 1 and "Connection refused" in console.warned[0]
+
+
 def test_what_is_read_ahead_is_bounded():
     messages = tracking_process.Messages(3)
     read, write = os.pipe()
