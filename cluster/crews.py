@@ -182,15 +182,20 @@ class Crews:
         free = sum(self._slots(found, gpu).values())
         kind = "GPUs" if gpu else "cores"
         wanted = self._run.ranks or self._ranks or run_ranks(self._run, 0)
-        text = f"the run wants {wanted} ranks, the nodes have {free} free {kind}"
+        least = f", {least} at least" if (least := self._run.ranks_at_least) else ""
+        text = f"the run wants {wanted} ranks{least}, the nodes have {free} free {kind}"
         names = [f"{self._names.get(id, id[:8])} {why}" for id, why in self._excluded.items()]
         return text + (f"; left out: {', '.join(names)}" if names else "")
 
     def _too_few(self, found: dict[str, Node]) -> RunError:
-        fix = "add nodes and resume, or give `ranks_at_least` so that fewer ranks may do"
-        if self._run.ranks_at_least is not None and not self._may_change():
-            fix = (
-                "add nodes and resume, or let the run go on with fewer ranks, which is not "
-                "bit-exact: resume with --exactness E1"
-            )
+        mend = ", or mend those that are left out," if self._excluded else ""
+        otherwise = "give `ranks_at_least` so that fewer ranks may do"
+        if self._run.ranks_at_least is not None:
+            otherwise = "lower `ranks_at_least`"
+            if not self._may_change():
+                otherwise = (
+                    "let the run go on with fewer ranks, which is not bit-exact: "
+                    "resume with --exactness E1"
+                )
+        fix = f"add nodes{mend} and resume, or {otherwise}"
         return RunError(f"too few nodes: {self._state(found)}", fix)

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -108,6 +108,8 @@ class Driver:
         self._run, self._options, self._voice = run, options, voice
         self._signals = 0
         self._budgets = Budgets(run.recovery)
+        self._versions: Mapping[str, str] | None = None
+        """Of the nodes that were looked at first: those that come later must have the same."""
 
     def lead(self) -> int:
         """Train, or go on, until the run ends.
@@ -179,8 +181,11 @@ class Driver:
     def _look_at(self, directory: RunDirectory, nodes: Sequence[Node]) -> dict[str, str]:
         """What is wrong with nodes, by id."""
         log = EventLog(directory.events, newest_attempt(directory.events))
-        interface = self._options.interface
-        report = preflight(nodes, self._run, directory.path, interface=interface, log=log)
+        report = preflight(
+            nodes, self._run, directory.path,
+            interface=self._options.interface, log=log, like=self._versions,
+        )  # fmt: skip
+        self._versions = report.versions
         log.close()
         for problem in report.problems:
             self._voice.say(f"{problem.level}: {problem.node}: {problem}")

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 from longspan.cluster import crews as module
+from longspan.cluster import driver
 from longspan.cluster.causes import Verdict
 from longspan.cluster.crews import Crews
 from longspan.cluster.nodes import Node
+from longspan.cluster.preflight.report import Report
 from longspan.errors import RunError
 from longspan.trainer.observe.events import EventLog, read_events
 from longspan.trainer.run_directory import create_or_open
@@ -119,6 +121,20 @@ def test_the_recipe_can_allow_it_and_without_a_range_more_nodes_are_asked_for(wo
         places(world.crews(tiny_run(ranks=4)))
 
 
+def test_the_fewest_ranks_may_be_too_many_too_and_nodes_that_are_left_out_can_be_mended(world):
+    world = world(a=2, b=2)
+    crews = world.crews(
+        tiny_run(ranks=8, ranks_at_least=4, checkpoint={"exactness": "E1"}),
+        preflight=lambda nodes: {node.id: "disk full" for node in nodes if node.id == "a"},
+    )
+    with pytest.raises(RunError) as caught:
+        places(crews)
+    text = str(caught.value)
+    assert "wants 8 ranks, 4 at least, the nodes have 2 free cores; left out: " in text
+    assert "failed preflight: disk full" in text
+    assert "add nodes, or mend those that are left out, and resume, or lower" in text
+
+
 def test_without_ranks_each_gpu_has_one_and_later_attempts_as_many(world):
     world = world(a=(4, 8), b=(3, 8), c=32)
     crews = world.crews(tiny_run())
@@ -155,6 +171,22 @@ def test_new_nodes_are_looked_at_once_and_what_fails_is_left_out(world):
     again = world.crews(tiny_run(ranks=2), preflight=preflight)
     places(again)
     assert looked[2] == ["a", "b", "c"]  # a later launch looks again
+
+
+def test_nodes_that_come_later_have_to_be_like_those_that_came_first(world, monkeypatch):
+    world, asked = world(a=2), []
+
+    def preflight(nodes, *_, like, **__):
+        asked.append(like)
+        return Report(nodes, [], 0.1, {"torch": f"2.{len(asked)}"})
+
+    monkeypatch.setattr(driver, "preflight", preflight)
+    directory = create_or_open(world.path, tiny_run(ranks=2), "tiny")
+    options = driver.Options(run_id="tiny", run_dir=world.path, name="tiny")
+    leader = driver.Driver(tiny_run(ranks=2), options, SimpleNamespace())
+    for node in (world.node("a", 2), world.node("b", 2)):
+        assert leader._look_at(directory, [node]) == {}
+    assert asked == [None, {"torch": "2.1"}]
 
 
 def test_a_driver_that_is_asked_to_stop_waits_no_longer(world):

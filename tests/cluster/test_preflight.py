@@ -65,11 +65,5 @@ def test_broken_nodes_are_named_and_the_others_are_fit(cluster, broken, tmp_path
     assert (names[wrong], "bandwidth between") not in passed
     assert [*Path(tmp_path).glob(".preflight-*")] == []
 
-    said = done.stdout
-    assert "room for 4 ranks, and the nodes that are fit (2 of 4) have room for 2" in said
-    assert (
-        f"{names[wrong]}: versions: found megatron-core {VERSION}; expected megatron-core" in said
-    )
-    assert f"{names[hanging]}: answer: found" in said
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").open()]
     assert event["event"] == "preflight" and len(event["problems"]) >= 2
