@@ -197,7 +197,11 @@ def import_(
 @app.command()
 def export(
     what: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or a checkpoint's.")
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run's id, the beginning of one, or its folder, or a checkpoint's.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     dtype: _DtypeOption = None,
@@ -205,9 +209,10 @@ def export(
     text: _TextOption = None,
 ) -> None:
     """Write a run's model as a Hugging Face checkpoint."""
+    from .cluster.registry import run_folder
     from .trainer.convert.verbs import export_model
 
-    _show(export_model(what, out, dtype=dtype, verify=verify, text=text))
+    _show(export_model(run_folder(what), out, dtype=dtype, verify=verify, text=text))
 
 
 def _show(report: Report) -> None:

@@ -221,6 +221,26 @@ def find_run(reference: str, registry: Registry | None = None) -> Record | RunDi
     raise _unknown(reference, directory, [record.id for record in records])
 
 
+def run_folder(reference: str) -> Path:
+    """The folder that a user means by a run's id, the beginning of one, or a path.
+
+    Raises:
+        RunError: There is no such run, or its folder is not visible here.
+    """
+    registry = Registry()
+    if registry.get(reference) is None and ("/" in reference or Path(reference).exists()):
+        return Path(reference)
+    found = find_run(reference, registry)
+    if isinstance(found, RunDirectory):
+        return found.path
+    if found.cluster is not None and not found.directory.path.is_dir():
+        raise RunError(
+            f"{found.run_dir} of run {found.id} is on cluster {found.cluster.name}, not here",
+            f"use a machine that sees {found.cluster.storage}",
+        )
+    return found.directory.path
+
+
 def _on_storage(run_id: str) -> Record | None:
     """A run that was submitted from another machine, where its cluster's storage is visible."""
     for path in _storages():

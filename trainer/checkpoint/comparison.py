@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,13 +36,16 @@ class Difference:
     elements: int
 
 
-def compare(left: str, right: str, *, moments: bool) -> Report:
+def compare(
+    left: str, right: str, *, moments: bool, folder: Callable[[str], Path] = Path
+) -> Report:
     """Compare two checkpoints, of one run or of two.
 
     Args:
-        left: `RUN_DIR` or `RUN_DIR@STEP`.
+        left: `RUN` or `RUN@STEP`.
         right: The same, or a step of the same run.
         moments: Compare the optimizer's moments too.
+        folder: Of a run, by what the user calls it.
 
     Returns:
         What differs. It is good when every parameter is there in both and bit-equal.
@@ -49,8 +53,8 @@ def compare(left: str, right: str, *, moments: bool) -> Report:
     Raises:
         LongspanError: One of them is not there, or cannot be read.
     """
-    first = Reference.parse(left)
-    second = Reference.parse(right, first)
+    first = Reference.parse(left, folder=folder)
+    second = Reference.parse(right, first, folder)
     (run, files), (other_run, other_files) = first.find(), second.find()
     before, after = read_manifest(files), read_manifest(other_files)
     settings = list(_settings(run, other_run, before, after))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,19 +41,22 @@ class Reference:
     step: int | None = None
 
     @classmethod
-    def parse(cls, text: str, other: Reference | None = None) -> Reference:
+    def parse(
+        cls, text: str, other: Reference | None = None, folder: Callable[[str], Path] = Path
+    ) -> Reference:
         """What a user typed.
 
         Args:
-            text: `RUN_DIR`, `RUN_DIR@STEP`, or the step alone.
+            text: `RUN`, `RUN@STEP`, or the step alone.
             other: The reference whose run a step alone is of.
+            folder: Of a run, by what the user calls it.
         """
         if other is not None and text.isdecimal():
             return cls(other.run_dir, int(text))
         path, at, step = text.rpartition("@")
         if at and path and step.isdecimal():
-            return cls(Path(path), int(step))
-        return cls(Path(text))
+            return cls(folder(path), int(step))
+        return cls(folder(text))
 
     def find(self) -> tuple[RunStore, CheckpointFiles]:
         """The run, and the checkpoint's files.

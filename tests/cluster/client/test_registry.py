@@ -1,6 +1,7 @@
 """Records of runs: ids, prefixes, folders, and files that are none."""
 
 import threading
+from pathlib import Path
 
 import pytest
 from longspan.cluster.registry import (
@@ -10,6 +11,7 @@ from longspan.cluster.registry import (
     check_id,
     find_run,
     new_id,
+    run_folder,
 )
 from longspan.errors import RunError
 from longspan.trainer.run_directory import RunDirectory
@@ -90,6 +92,25 @@ def test_a_run_is_found_by_id_prefix_and_folder(tmp_path, monkeypatch):
     registry.write(known)
     assert find_run("mine") == find_run("./mine") == find_run("mine/") == known
     assert isinstance(find_run("./other"), RunDirectory)
+
+
+def test_the_folder_of_a_run_is_known_by_whatever_names_the_run(tmp_path, monkeypatch):
+    registry = Registry()
+    directory = leave_run(tmp_path / "mine")
+    place = Place("lab", PLACE.address, str(tmp_path))
+    registry.write(Record("stretch-1", "short", 0.0, str(directory.path), cluster=place))
+    assert run_folder("stretch") == directory.path
+    checkpoint = tmp_path / "mine" / "checkpoints" / "step-3"
+    assert run_folder(str(checkpoint)) == checkpoint
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stretch").mkdir()
+    assert run_folder("stretch") == Path("stretch")  # a folder of that name, not a prefix
+    assert run_folder("stretch-1") == directory.path
+    registry.write(record("far", cluster=PLACE))
+    with pytest.raises(RunError, match=r"is on cluster lab, not here\n.*that sees /shared"):
+        run_folder("far")
+    with pytest.raises(RunError, match="no run `nowhere`"):
+        run_folder("nowhere")
 
 
 def test_a_run_that_cannot_be_found(tmp_path, monkeypatch):

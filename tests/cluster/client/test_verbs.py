@@ -287,6 +287,15 @@ def test_a_list_asks_each_cluster_once_and_does_not_wait_for_a_slow_one(
     assert standing._LIST_TIMEOUT_S < 2
 
 
+def test_checkpoints_are_looked_after_by_the_id(longspan, folder):
+    directory = folder()
+    code, said = longspan("checkpoint", "ls", "mine")[:2]
+    assert code == 0 and f"{directory} has no checkpoint yet" in said
+    for verb in (("verify", "mine"), ("show", "mi"), ("diff", "mine@3", "2")):
+        code, _, said = longspan("checkpoint", *verb)
+        assert code == 2 and "checkpoint" in said and str(directory) in said, said
+
+
 def test_files_of_ranks_are_where_the_folder_is(longspan, mine, folder):
     code, _, err = longspan("logs", "mine", "--rank", "1")
     assert code == 2 and "is not visible from here" in err
