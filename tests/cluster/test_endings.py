@@ -27,12 +27,9 @@ def alive(pid):
 
 
 def assert_a_users_error_ends_the_run_at_once(cluster, reference, texts, tmp_path):
-    run = cluster_run(texts)
-    (stage,) = run["stages"]
     nothing = {"sources": [{"kind": "text", "paths": [str(tmp_path / "nothing.txt")]}]}
-    drive = Drive(
-        cluster, {**run, "stages": [{**stage, "data": nothing}]}, tmp_path / "run", *QUICK
-    )
+    stages = [{**stage, "data": nothing} for stage in cluster_run(texts)["stages"]]
+    drive = Drive(cluster, cluster_run(texts, stages=stages), tmp_path / "run", *QUICK)
     assert drive.ends() == 2, drive.text()
     said = drive.said()
     assert "error:" in said and "nothing.txt" in said and "fix:" in said
@@ -98,7 +95,9 @@ def assert_a_stopped_and_a_killed_driver_lose_nothing(cluster, reference, texts,
 
 
 def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
-    run, more = cluster_run(texts, ranks_at_least=1), (*QUICK, "--wait", "3")
+    # One rank cannot share sequences with another one, as the second stage wants it.
+    (short, _) = cluster_run(texts)["stages"]
+    run, more = cluster_run(texts, ranks_at_least=1, stages=[short]), (*QUICK, "--wait", "3")
     drive = Drive(cluster, run, tmp_path / "run", *more)
     drive.wait_for(lambda: made(drive) > EVERY)
     cluster.kill_node(cluster.nodes[1])
@@ -110,9 +109,9 @@ def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     assert again.ends() == 0, again.text()
     said = again.said()
     assert "with 1 rank on 1 node" in said and "exactness E1" in said
-    assert newest_step(again.run_dir) == STEPS
+    assert newest_step(again.run_dir) == STEPS // 2
     losses = {e["step"]: e["loss"] for e in again.events("step")}
-    wanted = {step: told["loss"] for step, told in reference.steps.items()}
+    wanted = {step: reference.steps[step]["loss"] for step in range(1, STEPS // 2 + 1)}
     assert losses == pytest.approx(wanted, rel=1e-4)
 
 

@@ -22,9 +22,8 @@ sys.exit(train(RunSettings.model_validate(json.loads(sys.argv[1])), "tiny", Path
 
 
 def cluster_run(texts: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of one stage on two data ranks."""
-    raw = tiny_settings(texts, 2 * STEPS, EVERY)
-    return {**raw, "stages": raw["stages"][:1], **changes}
+    """Settings of two stages: on two data ranks, then on two context ranks."""
+    return {**tiny_settings(texts, STEPS, EVERY), **changes}
 
 
 def local_reference(texts: Path, run_dir: Path, **changes: Any) -> Reference:
