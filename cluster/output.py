@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,9 @@ _POLL_S = 0.5
 _RETRY_S = 3.0
 _RETRIES = 20
 _STEP_EVERY_S = 10.0
+_OF_RAY = re.compile(r"[\d-]{10} [\d:,]+\tINFO job_manager\.py:|Running entrypoint for job ")
+"""What Ray says of itself before a driver begins."""
+
 _CODES = {"complete": COMPLETE, "stopped": STOPPED, "interrupted": INTERRUPTED}
 
 
@@ -80,9 +84,13 @@ def _of_job(record: Record, stream: TextIO, follow: bool) -> int:
         raise ClusterError(f"{record.id}: {standing.note}", fix)
     jobs = Jobs(cluster_of(record))
     if not follow:
-        stream.write(redact_text(jobs.logs(job.id)))
-        if standing.note:
-            print(f"note: {standing.note}", file=sys.stderr)
+        lines = jobs.logs(job.id).splitlines(keepends=True)
+        text = "".join(line for line in lines if not _OF_RAY.match(line))
+        stream.write(redact_text(text))
+        silent = standing.is_live and not text
+        nothing = f"{record.id} ({standing.state}) has said nothing yet" if silent else ""
+        for note in filter(None, (nothing, standing.note)):
+            print(f"note: {note}", file=sys.stderr)
         return COMPLETE
     ended = _follow_job(jobs, job, stream)
     standing = stand_alone(record)
@@ -100,8 +108,9 @@ def _follow_job(jobs: Jobs, job: Job, stream: TextIO) -> Job | None:
         try:
             for line in _whole_lines(jobs.follow(job.id), printed):
                 printed, failed = printed + len(line), 0
-                stream.write(redact_text(line))
-                stream.flush()
+                if not _OF_RAY.match(line):
+                    stream.write(redact_text(line))
+                    stream.flush()
             current = jobs.get(job.id)
             if current is None or not current.is_live:
                 return current

@@ -149,7 +149,7 @@ def test_submit_logs_stop_and_resume(longspan, ray_lab, storage, monkeypatch):
     assert longspan("resume", "mine", "--from", "4")[1].startswith("submitted mine-2\n")
     code, out, err = longspan("logs", "-f", "mine")
     assert code == 0 and err == "\nmine: complete\n"
-    assert out.count("Running entrypoint for job mine-2") == 1 and "'--from', '4'" in out
+    assert "Running entrypoint" not in out and out.count("'--from', '4'") == 1
     assert [job.status for job in ray_lab.of_run("mine")] == ["STOPPED", "SUCCEEDED"]
 
 
