@@ -106,19 +106,25 @@ def _follow_job(jobs: Jobs, job: Job, stream: TextIO) -> Job | None:
     printed, failed = 0, 0
     while True:
         try:
-            for line in _whole_lines(jobs.follow(job.id), printed):
+            current = jobs.get(job.id)
+            if current is None:
+                return None
+            if current.is_live and failed:
+                time.sleep(_RETRY_S)
+            # A stream may end before the last words of the driver, so these are asked for then.
+            parts = jobs.follow(job.id) if current.is_live else iter((jobs.logs(job.id),))
+            for line in _whole_lines(parts, printed):
                 printed, failed = printed + len(line), 0
                 if not _OF_RAY.match(line):
                     stream.write(redact_text(line))
                     stream.flush()
-            current = jobs.get(job.id)
-            if current is None or not current.is_live:
+            if not current.is_live:
                 return current
         except ClusterError:
             if failed >= _RETRIES:
                 raise
+            time.sleep(_RETRY_S)
         failed += 1
-        time.sleep(_RETRY_S)
 
 
 def _whole_lines(parts: Iterator[str], skip: int) -> Iterator[str]:

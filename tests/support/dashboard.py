@@ -38,6 +38,7 @@ class Dashboard:
             `late`: it breaks before that, and `arrive` starts it; `gateway`: status 504.
         on_stop: Called with a job that is to stop; left out: it stops at once.
         breaks_off: Times that a tail of logs ends before its job does.
+        withholds: Characters at the end of a job's logs that a tail does not send.
         jobs: By submission id, as the API shows them.
         output: What each job has printed.
         packages: Uploaded files.
@@ -54,6 +55,7 @@ class Dashboard:
     loses: str = ""
     on_stop: Callable[[dict[str, Any]], None] | None = None
     breaks_off: int = 0
+    withholds: int = 0
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     output: dict[str, str] = field(default_factory=dict)
     packages: dict[str, bytes] = field(default_factory=dict)
@@ -239,6 +241,7 @@ class Dashboard:
         while True:
             ended = job["status"] in ENDED
             text = self.output[job["submission_id"]]
+            text = text[: max(sent, len(text) - self.withholds)]
             if new := text[sent:]:
                 sent += len(new)
                 await socket.send_str(new)

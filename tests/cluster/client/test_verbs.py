@@ -189,6 +189,17 @@ def test_a_connection_that_breaks_off_loses_and_repeats_nothing(longspan, dashbo
     assert out == "half of a line\nlast\n"
 
 
+def test_the_last_words_are_printed_also_if_the_stream_ends_before(longspan, dashboard, mine):
+    dashboard.withholds = len("rd\nerror: too few nodes\n")
+
+    def work():
+        dashboard.output["mine-1"] += "half a word\nerror: too few nodes\n"
+        dashboard.end(dashboard.jobs["mine-1"], "FAILED", 2)
+
+    later(0.1, work)
+    assert longspan("logs", "-f", "mine")[:2] == (2, "half a word\nerror: too few nodes\n")
+
+
 def test_a_cluster_that_goes_down_ends_the_following_in_the_end(
     longspan, dashboard, mine, monkeypatch
 ):
@@ -278,7 +289,8 @@ def test_runs_of_all_places_in_one_list(longspan, dashboard, folder, mine, tmp_p
         "other": ["lab", "running", "-", "-"],
         "short": ["here", "stopped", "3/8", "3.6250"],
     }
-    assert longspan("status")[1] == longspan("runs")[1]
+    same = [line.split()[:5] for line in longspan("status")[1].splitlines()]  # the clock goes on
+    assert same == [words[:5] for words in (head, *rows)]
     values = json.loads(longspan("runs", "--json")[1])
     assert {value["state"] for value in values} == {"running", "stopped"}
 
