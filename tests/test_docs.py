@@ -15,11 +15,18 @@ from longspan.recipes.loading import load_recipe
 from longspan.trainer.devices import Machine
 
 ROOT = Path(longspan.__file__).parent
-README, CONTRIBUTING, CHANGELOG, DESIGN = (
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md")
+README, CONTRIBUTING, CHANGELOG, DESIGN, CLUSTER = (
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/design.md",
+        "docs/cluster.md",
+    )  # fmt: skip
 )
 RUN = ROOT / ".ci/run"
-DOCUMENTS = [README, CONTRIBUTING, CHANGELOG, DESIGN]
+DOCUMENTS = [README, CONTRIBUTING, CHANGELOG, DESIGN, CLUSTER]
 # What exists only where a document was written, and where packages come from.
 PRIVATE = re.compile(
     r"/(work|root|home|Users|opt|mnt|srv|tmp)/|index-url|find-links|pypi|whl/", re.IGNORECASE
