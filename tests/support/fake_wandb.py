@@ -68,7 +68,8 @@ def init(mode, dir, **_):
     runs += 1
     tell("init", mode)
     if HOW == "broken":
-        raise ConnectionResetError("Connection refused")
+        print("for", os.environ.get("MY_LOGIN"))
+        raise ConnectionResetError("Connection refused " + os.environ.get("MY_LOGIN", ""))
     if HOW == "hangs":
         time.sleep(3600)
     if HOW == "refuses" and mode == "online":

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...redact import redact_text
-from .wandb_account import key_source, probe
+from .wandb_account import key_fix, key_source, probe
 from .wandb_folders import mark_uploaded, sync_command
 
 _START_S = 60
 _UPLOAD_S = 600
 _FLUSH_S = 2.0
 _FIX = {
-    "rejected": "the key that {source} holds is rejected (run `wandb login --relogin`)",
+    "rejected": "the key that {source} holds is rejected ({fix})",
     "unreachable": "{url} cannot be reached",
 }
 
@@ -102,9 +102,9 @@ class WandbBack:
         """Why the server cannot be used; empty when it can."""
         import wandb
 
-        url = wandb.Settings().base_url
+        url, fix = wandb.Settings().base_url, key_fix(rejected=True)
         found = probe(url)
-        return _FIX[found].format(source=key_source(), url=url) if found in _FIX else ""
+        return _FIX[found].format(source=key_source(), fix=fix, url=url) if found in _FIX else ""
 
     def _start(self, mode: Literal["offline", "online"]) -> Any:
         import wandb
