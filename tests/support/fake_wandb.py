@@ -22,7 +22,7 @@ class Settings:
     model_fields = {"console": None}
 
     def __init__(self, **known):
-        self.base_url = os.environ.get("WANDB_BASE_URL", "http://127.0.0.1:9")
+        self.base_url = "http://127.0.0.1:9"
 
 
 class Artifact:

@@ -1,6 +1,6 @@
 """The Weights & Biases account: what the user set up, found as wandb finds it, and if it works.
 
-Nothing here imports wandb but `main`, which runs in a process of its own.
+Nothing here imports wandb but `server`, for processes of their own.
 """
 
 from __future__ import annotations
@@ -143,6 +143,17 @@ def probe(base_url: str) -> Answer:
     return "accepted" if viewer else "rejected"
 
 
+def server() -> str:
+    """The server that wandb would talk to; imports wandb for its default alone.
+
+    Settings made by themselves know nothing of the environment and of files.
+    """
+    import wandb
+
+    base_url = os.environ.get("WANDB_BASE_URL") or _settings_files().get("base_url")
+    return base_url or str(wandb.Settings().base_url)
+
+
 def key_source() -> str:
     """Where the key is from, for messages."""
     if os.environ.get(_KEY):
@@ -195,9 +206,7 @@ def _netrc_passwords() -> dict[str, str]:
 def main() -> None:
     """Print the answer for the server that wandb would talk to."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    import wandb
-
-    print(probe(wandb.Settings().base_url), file=answers)
+    print(probe(server()), file=answers)
 
 
 if __name__ == "__main__":

@@ -291,8 +291,9 @@ def test_an_online_run_is_marked_when_all_of_it_is_uploaded(directory, fake, ser
     console = Console()
     tracking = tracker(directory, console, "online")
     tracking.finished({})
-    (said,) = console.said
-    assert said.startswith("Weights & Biases: http://run; earlier attempts are not there yet")
+    first, last = console.said
+    assert first.startswith("Weights & Biases: http://run; earlier attempts are not there yet")
+    assert last.startswith("Weights & Biases: to upload: wandb sync --include-online ")
     assert (directory.path / "run-1-x" / "uploaded").exists()
     (folder / "uploaded").touch()
     assert sync_command(directory.path) is None
