@@ -72,7 +72,7 @@ def check_tracking(tracking: TrackingSettings) -> None:
             )
     if tracking.wandb != "online" or resolve_mode(tracking) != "online":
         return
-    if not has_key():
+    if not _has_credentials(_settings_files()):
         # A head without ranks need not have the cluster's secrets.
         if _KEY not in hidden_names(os.environ):
             raise RunError(
@@ -84,11 +84,6 @@ def check_tracking(tracking: TrackingSettings) -> None:
             f"Weights & Biases rejects the key that {key_source()} holds",
             f"{key_fix(rejected=True)}, or set tracking.wandb: offline",
         )
-
-
-def has_key() -> bool:
-    """Whether wandb would find a key on this machine."""
-    return _has_credentials(_settings_files())
 
 
 def key_fix(*, rejected: bool = False) -> str:
