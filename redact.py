@@ -2,13 +2,14 @@
 
 Three things are taken for a credential: a value under a name that says so (`api_key`, `hfToken`,
 `SECRET`), a part of a URL (`scheme://user:password@host`, `?X-Amz-Signature=`), and in text
-anything that stands in the environment under such a name, or in the files of the home directory
-in which tools keep credentials.
+anything that stands in the environment under such a name or under one that HIDDEN_NAMES lists, or
+in the files of the home directory in which tools keep credentials.
 """
 
 from __future__ import annotations
 
 import configparser
+import json
 import netrc
 import os
 import re
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "***"
+HIDDEN_NAMES = "LONGSPAN_HIDDEN"
+"""The environment variable with the names of others, between commas, that hold credentials
+whatever they are called; processes inherit it with them."""
 
 _SHORTEST = 8  # shorter values of the environment are words like `true`, and would garble text
 _LARGEST = 2**14  # bytes of a file that holds a credential and not much else
@@ -177,16 +181,34 @@ def _known(environment: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """Credentials of this machine and where they are from; the longest first, so that none hides
     a part of another."""
     found = [*_of_home(dict(environment))]
+    hidden = hidden_names(dict(environment))
     for name, value in environment:
-        if not is_secret_name(name):
+        if name not in hidden and not is_secret_name(name):
             continue
-        if os.access(value, os.F_OK):
-            # A file that holds the credential (HF_TOKEN_PATH) is not one; what it holds is.
+        is_file = os.access(value, os.F_OK)
+        if is_file:
             found += [(_first_line(Path(value)), value)]
-        else:
-            found.append((value, f"the environment variable {name}"))
+        # A file that holds the credential (HF_TOKEN_PATH) is not one; what it holds is.
+        if not is_file or name in hidden:
+            found += [(part, f"the environment variable {name}") for part in _parts(value)]
     long = {value: source for value, source in found if len(value) >= _SHORTEST}
     return {value: long[value] for value in sorted(long, key=len, reverse=True)}
+
+
+def hidden_names(environment: Mapping[str, str]) -> list[str]:
+    """The variables that HIDDEN_NAMES lists; none where it is not set."""
+    return [name for name in environment.get(HIDDEN_NAMES, "").split(",") if name]
+
+
+def _parts(value: str) -> Iterator[str]:
+    """A credential, and what of it may be printed by itself: lines, secrets of a JSON key file."""
+    yield value
+    # A key in a JSON file has its ends of lines as two characters, and shows real ones elsewhere.
+    yield from (line.strip() for line in re.split(r"\\n|[\r\n]+", value))
+    pairs: list[tuple[str, Any]] = []
+    with suppress(ValueError, RecursionError):
+        json.loads(value, object_pairs_hook=pairs.extend)
+    yield from (item for name, item in pairs if isinstance(item, str) and is_secret_name(name))
 
 
 def _of_home(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -47,6 +47,7 @@ from .budgets import Budgets
 from .causes import Verdict
 from .crews import Crews
 from .gang import ENVIRONMENT, Crew, Gang
+from .node_secrets import take_secrets
 from .nodes import Node
 from .preflight.preflight import preflight
 from .rank import RANKS_LOCK, Task
@@ -336,12 +337,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     voice = Voice()
+    # The key of a tracker, those of a store: what the driver itself needs, and must not show.
+    take_secrets(dict(options.secrets), all_here=False)
     try:
         run = _read(recipe)
         connect()
         return Driver(run, options, voice).lead()
     except LongspanError as error:
         voice.complain(f"error: {error}")
+        absent = [pair for pair in options.secrets if pair[0] not in os.environ]
+        for name, path in absent if isinstance(error, CheckpointError) else ():
+            voice.complain(f"  the secret {name} is not in {path} on {socket.gethostname()}")
         return error.exit_code
     except Exception:  # stderr leads to a file by now
         voice.complain(traceback.format_exc())

@@ -17,6 +17,7 @@ from ..trainer.plan import run_ranks
 from .clusters import Cluster
 from .placement import unit_of
 from .shape import Shape
+from .tracking import tracking_warnings
 
 _UNSEEN = re.compile(r"(?:stages\.\d+|defaults)\.data\.sources\b|tokenizer\.path$")
 
@@ -51,6 +52,7 @@ def fit(recipe: Recipe, cluster: Cluster, shape: Shape) -> Fit:
     unit = unit_of(recipe, max(shape.slots or (ranks,)))
     problems, warnings = _room(recipe, ranks, unit, cluster, shape)
     problems += _relative(recipe)
+    warnings += tracking_warnings(recipe.tracking, cluster.settings.secrets, cluster.name)
     known = {problem.path for problem in problems}
     for problem in _check(recipe, ranks, shape, warnings):
         if _UNSEEN.match(problem.path) and not Path(cluster.settings.storage).is_dir():

@@ -36,6 +36,7 @@ from ..trainer.observe.attempts import ATTEMPT
 from ..trainer.redacted_log import RedactedLog
 from ..trainer.run_directory import RunDirectory
 from ..trainer.stopping import SAVE_SIGNAL
+from .node_secrets import take_secrets
 from .stacks import dump, flight_recorder
 from .station import Station
 from .watch import Assignment, End, NodeReport, Order, Place
@@ -213,10 +214,9 @@ class Rank:
             )
         if task.exactness is not None:
             environment[CONSENT] = task.exactness
-        secrets = read_secrets(task.secrets)
         # What the rank prints goes through here, and cannot be redacted without knowing them.
-        os.environ.update(secrets)
-        return environment | secrets
+        known = take_secrets(task.secrets)
+        return environment | known
 
     def _mind(self, child: subprocess.Popen[bytes], first: bool) -> int:
         """Wait for the end of the process; meanwhile tell and follow orders."""
@@ -298,28 +298,6 @@ def _leaving_nodes() -> tuple[str, ...]:
     told = getattr(get_train_context(), "preemption_context", None)
     info = getattr(told, "preemption_info", None)
     return () if info is None else tuple(info.preempted_node_ids)
-
-
-def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:
-    """What stands in files of this node.
-
-    Args:
-        secrets: Their paths, by the name of the variable.
-
-    Raises:
-        RunError: One cannot be read.
-    """
-    found = {}
-    for name, path in secrets.items():
-        try:
-            found[name] = Path(path).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            raise RunError(
-                f"the secret {name} cannot be read from {path} on {socket.gethostname()}: {why}",
-                "put the file on every node, or leave it out of the cluster's secrets",
-            ) from error
-    return found
 
 
 @contextmanager

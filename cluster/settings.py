@@ -93,7 +93,8 @@ class ClusterSettings(Settings):
     """The shape of its nodes, for clusters that grow; left out: as it says itself."""
 
     secrets: Annotated[dict[str, str], AfterValidator(_check_secrets)] = Field(default_factory=dict)
-    """Environment variables of the ranks, each with the file on the nodes that holds its value."""
+    """Environment variables of the ranks, each with the file on the nodes that holds its value.
+    Whatever they are called, their values are hidden in all that is written."""
 
     interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.:,^=-]+$")
     """The network interface between the nodes; left out: NCCL and gloo choose."""

@@ -29,6 +29,7 @@ from .forecast import Forecast, forecast, shape_key
 from .jobs import RUN_KEY, SETTINGS_KEY, Jobs, number_of
 from .registry import Place, Record, Registry, check_id, new_id
 from .shape import Shape, shape_of
+from .tracking import tracking_words
 from .wheel import build_wheel
 
 ENDING_S = 60
@@ -104,7 +105,7 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
         warn(warning)
     record = replace(wanted, shape=shape_key(recipe, found.ranks, cluster.name))
     expected = forecast(recipe, found.ranks, record.shape, registry)
-    for line in _plan(record, recipe, shape, found, expected):
+    for line in _plan(record, recipe, cluster, shape, found, expected):
         say(line)
     if order.dry_run:
         wheel = build_wheel()
@@ -310,19 +311,20 @@ def _arrived(submission: str, record: Record, jobs: Jobs, error: ClusterError) -
 
 
 def _plan(
-    record: Record, recipe: Recipe, shape: Shape, found: Fit, expected: Forecast
+    record: Record, recipe: Recipe, cluster: Cluster, shape: Shape, found: Fit, expected: Forecast
 ) -> list[str]:
     where = f"{found.nodes} of {shape.words}" if 0 < found.nodes < shape.nodes else shape.words
     stages = ", ".join(f"{stage.name} at {stage.length:,}" for stage in recipe.stages)
-    storage = Path(record.cluster.storage if record.cluster else "/")
+    settings, storage = cluster.settings, Path(cluster.settings.storage)
     unseen = "" if storage.is_dir() else "  (not visible from here: its nodes have to see it)"
     return [
         f"recipe   {recipe.name}: {count(len(recipe.stages), 'stage')}, {stages}",
-        f"cluster  {record.cluster.name if record.cluster else ''}",
+        f"cluster  {cluster.name}",
         f"ranks    {found.ranks}, one per {shape.device}, on {where}",
         f"tokens   {rough(expected.tokens)}",
         f"time     {_time(expected, found.ranks, shape.device)}",
         f"folder   {record.run_dir}{unseen}",
+        f"tracking {tracking_words(recipe.tracking, settings.secrets)}",
     ]
 
 

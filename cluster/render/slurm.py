@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import yaml
 
 from ...errors import RunError
+from ...redact import HIDDEN_NAMES
 from ..submission import ENDING_S
 from .order import Order
 
@@ -207,6 +208,8 @@ def _torchrun(order: Order) -> str:
         f'{name}="$(cat {shlex.quote(path)})"\nexport {name}\n'
         for name, path in order.secrets.items()
     ]
+    if order.secrets:
+        lines.append(f"export {HIDDEN_NAMES}={','.join(order.secrets)}\n")
     if order.interface is not None:
         named = shlex.quote(order.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={named} GLOO_SOCKET_IFNAME={named}\n")

@@ -9,19 +9,20 @@ import pytest
 import yaml
 from longspan.cluster import driver
 from longspan.cluster.driver import Options, _parse, main
-from longspan.cluster.rank import _only_save_blocked, read_secrets
+from longspan.cluster.rank import _only_save_blocked
 from longspan.cluster.stacks import dump
-from longspan.errors import RunError
 from support.short_run import short_run
 
 WORDS = ["--run-id", "r", "--run-dir", "/s/r", "--name", "n", "--recipe", "recipe.yaml"]
 
 
-def test_secrets_are_read_on_the_node(tmp_path):
-    (tmp_path / "key").write_text("hunter2\n")
-    assert read_secrets({"WANDB_API_KEY": str(tmp_path / "key")}) == {"WANDB_API_KEY": "hunter2"}
-    with pytest.raises(RunError, match=r"WANDB_API_KEY cannot be read from .*nothing.* No such"):
-        read_secrets({"WANDB_API_KEY": str(tmp_path / "nothing")})
+@pytest.fixture(autouse=True)
+def environment():
+    """What a driver sets goes with the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_the_command_line_is_what_a_submission_writes():

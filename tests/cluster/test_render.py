@@ -112,6 +112,12 @@ def test_the_driver_gets_secrets_by_path_and_its_recipe_from_the_manifest():
     assert "--secrets WANDB_API_KEY=/run/secrets/wandb --interface eth0" in entrypoint
     from longspan.cluster.driver import _parse
 
+    # The driver reads them too, on the head.
+    for pod in pods(job):
+        mounts = pod["containers"][0]["volumeMounts"]
+        assert [m["subPath"] for m in mounts if m["mountPath"] == "/run/secrets/wandb"] == [
+            "WANDB_API_KEY"
+        ]
     options, file = _parse(entrypoint.split()[4:])
     assert str(file) == "/etc/longspan/recipe.yaml" and options.run_id == ORDER.run_id
 

@@ -3,14 +3,13 @@
 What it meets is drawn by day.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 from support.cluster_runs import EVERY, cluster_run
 from support.grid import sample
-from support.submitter import KEYS, Submitter
+from support.submitter import KEYS, LISTS, Submitter
 from support.unkilled import newest_step
 
 
@@ -45,11 +44,12 @@ def test_a_submitted_run_ends_bit_equal_and_shows_no_key(
     submitter, reference, texts, tmp_path, meets
 ):
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(cluster_run(texts)))
+    recipe.write_text(yaml.safe_dump(cluster_run(texts, tracking={"wandb": "offline"})))
     said = submitter.longspan("submit", str(recipe), "--run-id", "mine")
     ranks = submitter.wait_for(submitter.ranks)
     environment = Path(f"/proc/{min(ranks.values())}/environ").read_bytes()
     assert f"PLANTED_API_KEY={KEYS['path']}".encode() in environment
+    assert f"MY_LOGIN={KEYS['login']}".encode() in environment
     jobs = meets(submitter)
     submitter.wait_for(lambda: submitter.status() not in ("PENDING", "RUNNING"))
     said += submitter.longspan("status", "mine") + submitter.longspan("logs", "mine")
@@ -59,17 +59,28 @@ def test_a_submitted_run_ends_bit_equal_and_shows_no_key(
 
     (job,) = submitter.jobs.of_run("mine")
     assert job.id == f"mine-{jobs}"
-    answers = [said, submitter.jobs.logs(job.id), json.dumps(dict(job.metadata))]
-    for path in ("/api/jobs/", "/nodes?view=summary"):
-        answer = submitter.jobs.door.ask("GET", path)
-        assert answer.status == 200
-        answers.append(answer.body.decode())
-    assert "mine" in answers[3] and "raylet" in answers[4]
-    assert_no_key({f"answer {number}": text.encode() for number, text in enumerate(answers)})
+    answers = submitter.answers()
+    assert_something_is_shown(answers)
+    answers |= {"said": said, "log": submitter.jobs.logs(job.id)}
+    assert_no_key({path: text.encode() for path, text in answers.items()})
+    # What the ranks print, and what Weights & Biases keeps to upload later.
+    assert "login: ***" in (submitter.run_dir / "logs" / "rank-1.log").read_text()
+    assert list(submitter.run_dir.glob("wandb/offline-run-*/run-*.wandb"))
     assert_no_key(contents(submitter.run_dir, 10))
     # Also what Ray wrote of its own accord: logs of drivers and workers, events, sessions.
     assert_no_key(contents(submitter.cluster.folder, 50))
     assert_no_key(contents(tmp_path / "records", 1))
+
+
+def assert_something_is_shown(answers: dict[str, str]) -> None:
+    """The dashboard's answers are of this run, and whole."""
+    of = {name: answers[f"/api/v0/{name}?detail=true&limit=10000"] for name in LISTS}
+    assert '"longspan_run": "mine"' in answers["/api/jobs/"]
+    assert "raylet" in answers["/nodes?view=summary"] and "worker_id" in of["workers"]
+    assert "Watch" in of["actors"] and "Watch.report" in of["tasks"]
+    assert "LONGSPAN_RECIPE" in of["runtime_envs"]
+    logs = [text for path, text in answers.items() if path.startswith("/api/v0/logs")]
+    assert len(logs) == 3 and "raylet" in logs[0]
 
 
 def contents(folder: Path, least: int) -> dict[str, bytes]:

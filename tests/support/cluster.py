@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,19 @@ class LocalCluster:
         cores: Of each node.
         nodes: How many there are at first.
         dashboard: Whether the head serves one (the Jobs API).
+        variables: More of the environment of its nodes.
     """
 
-    def __init__(self, cores: int = 1, nodes: int = 2, dashboard: bool = False) -> None:
+    def __init__(
+        self,
+        cores: int = 1,
+        nodes: int = 2,
+        dashboard: bool = False,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.token = _TOKEN
         self.folder = Path(tempfile.mkdtemp(prefix="lsc-"))
-        self.environment = ray_environment(self.token)
+        self.environment = ray_environment(self.token) | dict(variables or {})
         self.environment["LONGSPAN_CACHE"] = str(self.folder / "cache")
         # Where Ray notes its newest cluster, and where its jobs look for theirs.
         self.environment["RAY_TMPDIR"] = str(self.folder)

@@ -22,7 +22,7 @@ class Settings:
     model_fields = {"console": None}
 
     def __init__(self, **known):
-        self.base_url = os.environ.get("WANDB_BASE_URL", "http://127.0.0.1:9")
+        self.base_url = "http://127.0.0.1:9"
 
 
 class Artifact:
@@ -68,7 +68,8 @@ def init(mode, dir, **_):
     runs += 1
     tell("init", mode)
     if HOW == "broken":
-        raise ConnectionResetError("Connection refused")
+        print("for", os.environ.get("MY_LOGIN"))
+        raise ConnectionResetError("Connection refused " + os.environ.get("MY_LOGIN", ""))
     if HOW == "hangs":
         time.sleep(3600)
     if HOW == "refuses" and mode == "online":

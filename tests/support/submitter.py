@@ -1,5 +1,6 @@
 """Submitter: a user beside a real cluster with a dashboard, and the command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,24 @@ from longspan.cluster.clusters import Cluster
 from longspan.cluster.jobs import Jobs
 from longspan.cluster.settings import ClusterSettings
 from longspan.errors import ClusterError
-from support.cluster import LocalCluster, workers
+from support.cluster import HOME, LocalCluster, workers
 
-KEYS = {name: f"planted-{name}-0123456789" for name in ("environment", "path", "netrc")}
+KEYS = {name: f"planted-{name}-0123456789" for name in ("environment", "path", "netrc", "login")}
+# A rank that shows what it was given, as a careless library does.
+_TOLD = """
+import os, sys
+if "longspan.trainer.worker" in sys.orig_argv:
+    print("login:", os.environ.get("MY_LOGIN"), file=sys.stderr, flush=True)
+"""
+LISTS = ("actors", "jobs", "nodes", "objects", "placement_groups", "runtime_envs", "tasks",
+          "workers")  # fmt: skip
+_PATHS = (
+    "/api/jobs/", "/nodes?view=summary", "/logical/actors", "/events", "/api/v0/tasks/timeline",
+    "/api/v0/tasks/summarize", "/api/v0/actors/summarize", "/api/cluster_status",
+    "/api/component_activities", "/api/v0/cluster_metadata",
+    *(f"/api/v0/{name}?detail=true&limit=10000" for name in LISTS),
+)  # fmt: skip
+_OF_NODE = ("/nodes/{}", "/api/v0/logs?node_id={}")
 
 
 class Submitter:
@@ -23,7 +39,10 @@ class Submitter:
         self._before = dict(os.environ)
         os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         # Only Ray's own processes begin here; the keys are in none of their environments.
-        self.cluster = LocalCluster(dashboard=True)
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(_TOLD)
+        path = {"PYTHONPATH": os.pathsep.join([str(folder / "site"), str(HOME)])}
+        self.cluster = LocalCluster(dashboard=True, variables=path)
         self.run_dir = folder / "shared" / "runs" / "mine"
         home = folder / "home"
         home.mkdir()
@@ -34,12 +53,13 @@ class Submitter:
         (home / ".netrc").chmod(0o600)
         (folder / "token").write_text(self.cluster.token)
         (folder / "key").write_text(KEYS["path"] + "\n")
+        (folder / "login").write_text(KEYS["login"] + "\n")
         address = f"http://127.0.0.1:{self.cluster.dashboard_port}"
         lab = {
             "address": address,
             "storage": str(folder / "shared"),
             "token": str(folder / "token"),
-            "secrets": {"PLANTED_API_KEY": str(folder / "key")},
+            "secrets": {"PLANTED_API_KEY": str(folder / "key"), "MY_LOGIN": str(folder / "login")},
         }
         (folder / "clusters.yaml").write_text(yaml.safe_dump({"clusters": {"lab": lab}}))
         self._environment = {
@@ -85,6 +105,18 @@ class Submitter:
     def status(self) -> str:
         """Of the newest job."""
         return self.jobs.of_run("mine")[-1].status
+
+    def answers(self) -> dict[str, str]:
+        """What the dashboard shows, by path: lists with all details, and all of each node."""
+        nodes = json.loads(self._answer("/api/v0/nodes"))["data"]["result"]["result"]
+        alive = [node["node_id"] for node in nodes if node["state"] == "ALIVE"]
+        paths = [*_PATHS, *(path.format(node) for node in alive for path in _OF_NODE)]
+        return {path: self._answer(path) for path in paths}
+
+    def _answer(self, path: str) -> str:
+        answer = self.jobs.door.ask("GET", path)
+        assert answer.status == 200, f"{path}: {answer.status} {answer.body[:500]!r}"
+        return answer.body.decode()
 
     def ranks(self) -> dict[int, int]:
         """Their processes, once they are there; a job that has failed has none."""

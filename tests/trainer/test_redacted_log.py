@@ -38,6 +38,14 @@ def test_a_key_that_comes_in_two_parts_is_hidden(tmp_path):
     assert printed(tmp_path, code) == "***\n"
 
 
+def test_a_key_of_several_lines_is_hidden_whenever_they_come(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_LOGIN", "first-line-1\nsecond-line-2")
+    monkeypatch.setenv("LONGSPAN_HIDDEN", "OTHER,MY_LOGIN")
+    code = ("import os, time; k = os.environ['MY_LOGIN'].encode(); os.write(1, k[:15]);"
+            " time.sleep(0.3); os.write(1, k[15:] + b'\\n')")  # fmt: skip
+    assert printed(tmp_path, code) == "***\n***\n"
+
+
 def test_a_line_without_end_is_kept_in_parts(tmp_path):
     assert printed(tmp_path, "print('a' * 500_000, end='')") == "a" * 500_000
 

@@ -1,6 +1,6 @@
 """The Weights & Biases account: what the user set up, found as wandb finds it, and if it works.
 
-Nothing here imports wandb but `main`, which runs in a process of its own.
+Nothing here imports wandb but `server`, for processes of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from ...errors import RunError
+from ...redact import HIDDEN_NAMES, hidden_names
 from ..settings import TrackingSettings
 
 Mode = Literal["off", "offline", "online"]
@@ -29,6 +30,7 @@ Answer = Literal["accepted", "rejected", "unreachable", "unknown"]
 
 # -P: a file of the user's folder must not stand in for a package of the same name.
 PROBE = (sys.executable, "-P", "-m", "longspan.trainer.observe.wandb_account")
+_KEY = "WANDB_API_KEY"
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _ANSWER_S = 5.0
 _PROBE_S = 20.0
@@ -71,16 +73,34 @@ def check_tracking(tracking: TrackingSettings) -> None:
     if tracking.wandb != "online" or resolve_mode(tracking) != "online":
         return
     if not _has_credentials(_settings_files()):
-        raise RunError(
-            "tracking.wandb is online and no Weights & Biases key is configured",
-            "run `wandb login` or set WANDB_API_KEY, or set tracking.wandb: auto or offline",
-        )
-    if ask() == "rejected":
+        # A head without ranks need not have the cluster's secrets.
+        if _KEY not in hidden_names(os.environ):
+            raise RunError(
+                "tracking.wandb is online and no Weights & Biases key is configured",
+                f"{key_fix()}, or set tracking.wandb: auto or offline",
+            )
+    elif ask() == "rejected":
         raise RunError(
             f"Weights & Biases rejects the key that {key_source()} holds",
-            "run `wandb login --relogin` or set WANDB_API_KEY to a key that is valid, "
-            "or set tracking.wandb: offline",
+            f"{key_fix(rejected=True)}, or set tracking.wandb: offline",
         )
+
+
+def key_fix(*, rejected: bool = False) -> str:
+    """How to give a key, here or on a cluster.
+
+    Args:
+        rejected: There is one, which is not valid.
+    """
+    if HIDDEN_NAMES in os.environ:
+        valid = "a valid key" if rejected else "the key"
+        return (
+            f"name a file on the nodes that holds {valid} as {_KEY} in `secrets` of the cluster "
+            "in clusters.yaml"
+        )
+    if rejected:
+        return f"run `wandb login --relogin` or set {_KEY} to a key that is valid"
+    return f"run `wandb login` or set {_KEY}"
 
 
 def ask() -> Answer:
@@ -118,10 +138,22 @@ def probe(base_url: str) -> Answer:
     return "accepted" if viewer else "rejected"
 
 
+def server() -> str:
+    """The server that wandb would talk to; imports wandb for its default alone.
+
+    Settings made by themselves know nothing of the environment and of files.
+    """
+    import wandb
+
+    base_url = os.environ.get("WANDB_BASE_URL") or _settings_files().get("base_url")
+    return base_url or str(wandb.Settings().base_url)
+
+
 def key_source() -> str:
     """Where the key is from, for messages."""
-    if os.environ.get("WANDB_API_KEY"):
-        return "the environment variable WANDB_API_KEY"
+    if os.environ.get(_KEY):
+        secret = _KEY in hidden_names(os.environ)
+        return f"the {'secret of the cluster' if secret else 'environment variable'} {_KEY}"
     return "the settings file of wandb" if _settings_files().get("api_key") else "~/.netrc"
 
 
@@ -129,7 +161,7 @@ def _key(base_url: str) -> str | None:
     """The key that wandb would use for a server."""
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
-    found = os.environ.get("WANDB_API_KEY") or _settings_files().get("api_key")
+    found = os.environ.get(_KEY) or _settings_files().get("api_key")
     return found or _netrc_passwords().get(urlsplit(base_url).netloc)
 
 
@@ -145,7 +177,7 @@ def _settings_files() -> dict[str, str]:
 
 def _has_credentials(files: Mapping[str, str]) -> bool:
     """Whether wandb would find a key: in the environment, the netrc file or its settings."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if os.environ.get(_KEY) or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     base = os.environ.get("WANDB_BASE_URL") or files.get("base_url")
     hosts = [urlsplit(base).netloc] if base else _HOSTS
@@ -169,9 +201,7 @@ def _netrc_passwords() -> dict[str, str]:
 def main() -> None:
     """Print the answer for the server that wandb would talk to."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    import wandb
-
-    print(probe(wandb.Settings().base_url), file=answers)
+    print(probe(server()), file=answers)
 
 
 if __name__ == "__main__":

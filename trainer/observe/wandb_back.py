@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...redact import redact_text
-from .wandb_account import key_source, probe
-from .wandb_folders import mark_uploaded, sync_command
+from .wandb_account import key_fix, key_source, probe, server
+from .wandb_folders import catch_up, claim, mark_uploaded, sync_command
 
 _START_S = 60
 _UPLOAD_S = 600
 _FLUSH_S = 2.0
 _FIX = {
-    "rejected": "the key that {source} holds is rejected (run `wandb login --relogin`)",
+    "rejected": "the key that {source} holds is rejected ({fix})",
     "unreachable": "{url} cannot be reached",
 }
 
@@ -42,6 +42,9 @@ class WandbBack:
         # Rows are numbered behind those of all attempts before, as no server is asked offline.
         self._row = begin.setdefault("row", 2 * _lines(Path(begin["events"]), begin["events_size"]))
         why = self._why_not() if begin["mode"] == "online" else ""
+        self._lock = claim(Path(begin["dir"]))
+        if begin["mode"] == "online" and not why and self._lock and not begin.get("started"):
+            catch_up(Path(begin["dir"]))
         waiting = sync_command(Path(begin["dir"]))
         self._run = self._start("offline" if why else begin["mode"])
         self.about = redact_text(self._run.url or "offline" + (why and f", as {why}"))
@@ -95,16 +98,14 @@ class WandbBack:
         self._run.finish(exit_code=code)
         if online:
             mark_uploaded(folder)
-            return ""
-        return f"to upload: {sync_command(Path(self._begin['dir'])) or 'wandb sync'}"
+        left = sync_command(Path(self._begin["dir"]))
+        return "" if online and left is None else f"to upload: {left or 'wandb sync'}"
 
     def _why_not(self) -> str:
         """Why the server cannot be used; empty when it can."""
-        import wandb
-
-        url = wandb.Settings().base_url
+        url, fix = server(), key_fix(rejected=True)
         found = probe(url)
-        return _FIX[found].format(source=key_source(), url=url) if found in _FIX else ""
+        return _FIX[found].format(source=key_source(), fix=fix, url=url) if found in _FIX else ""
 
     def _start(self, mode: Literal["offline", "online"]) -> Any:
         import wandb

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shlex
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from ..run_directory import RunDirectory
 
 _UPLOADED = "uploaded"
+_CATCH_UP_S = 300.0
+_STDERR = 2
 
 
 def mark_uploaded(folder: Path) -> None:
@@ -19,9 +26,7 @@ def mark_uploaded(folder: Path) -> None:
 
 def not_uploaded(run_dir: Path) -> list[Path]:
     """The folders of attempts that are not on the server, oldest first; none without tracking."""
-    folders = sorted(
-        (run_dir / "wandb").glob("*run-*-*"), key=lambda path: path.name.split("run-")[1]
-    )
+    folders = _folders(run_dir)
     logs = [(folder, next(folder.glob("run-*.wandb"), None)) for folder in folders]
     return [
         folder
@@ -33,6 +38,44 @@ def not_uploaded(run_dir: Path) -> list[Path]:
     ]
 
 
+def claim(run_dir: Path) -> IO[bytes] | None:
+    """The lock of who tracks the run, held while it is open; None where another one still does."""
+    with suppress(OSError):
+        lock = (run_dir / "wandb" / "tracker.lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            lock.close()
+    return None
+
+
+def catch_up(run_dir: Path) -> None:
+    """Upload attempts that were offline, before an attempt that is online begins.
+
+    wandb appends what it uploads to what the server has of the run, and a history goes forward
+    only: attempts after the last one that was online have their place now, and no others have.
+    Nothing is raised; what is not uploaded within 300 s is left for `sync_command`.
+    """
+    newest = max((_begun(path) for path in _folders(run_dir) if _was_online(path)), default="")
+    folders = [path for path in not_uploaded(run_dir) if _begun(path) > newest]
+    if not folders:
+        return
+    command = [sys.executable, "-P", "-m", "wandb", "sync", *map(str, folders)]
+    environment = dict(os.environ)
+    if not Path(environment.get("WANDB_DIR") or ".", "wandb", "settings").exists():
+        environment["WANDB_DIR"] = str(run_dir)  # for the log of the command
+    with suppress(OSError):
+        # stdout of the process that tracks is for its answers.
+        syncing = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=_STDERR, stderr=_STDERR
+        )
+        try:
+            syncing.wait(_CATCH_UP_S)
+        except subprocess.TimeoutExpired:
+            _end(syncing)
+
+
 def sync_command(run_dir: Path) -> str | None:
     """What uploads the attempts that are not on the server; None when all are.
 
@@ -42,7 +85,30 @@ def sync_command(run_dir: Path) -> str | None:
     if not folders:
         return None
     shown = f"{RunDirectory(run_dir)}/wandb"
-    if not any(folder.name.startswith("run-") for folder in folders):
+    if not any(map(_was_online, folders)):
         return f"wandb sync {shlex.quote(shown)}/offline-run-*"
     names = " ".join(shlex.quote(f"{shown}/{folder.name}") for folder in folders)
     return f"wandb sync --include-online {names}"
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("*run-*-*"), key=_begun)
+
+
+def _begun(folder: Path) -> str:
+    return folder.name.split("run-")[1]
+
+
+def _was_online(folder: Path) -> bool:
+    return folder.name.startswith("run-")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With what it started."""
+    with suppress(Exception):
+        import psutil
+
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
+    process.wait()

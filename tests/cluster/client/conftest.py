@@ -24,7 +24,9 @@ def user(monkeypatch, tmp_path, cache):
     home = tmp_path / "user"
     home.mkdir()
     for name in list(os.environ):
-        if name.startswith(("RAY_", "XDG_")) or name.endswith(("_KEY", "_TOKEN")):
+        if name.startswith(("RAY_", "XDG_", "WANDB_", "NETRC")) or name.endswith(
+            ("_KEY", "_TOKEN")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("LONGSPAN_HOME", str(tmp_path / "records"))

@@ -50,6 +50,7 @@ def test_one_command_one_id_and_the_four_that_follow(longspan, lab, dashboard, s
         "tokens": "8.19K",
         "time": "not known: nothing like it was trained from here yet",
         "folder": f"{storage}/runs/{run_id}",
+        "tracking": "Weights & Biases only if its nodes have a key of their own",
     }
     (record,) = Registry().records()
     assert (record.id, record.recipe, record.run_dir) == (run_id, "smoke", words["folder"])

@@ -47,6 +47,7 @@ cat > "$WORK/ranks.sh" << 'END_OF_FILE'
 set -euo pipefail
 WANDB_API_KEY="$(cat /run/secrets/wandb)"
 export WANDB_API_KEY
+export LONGSPAN_HIDDEN=WANDB_API_KEY
 export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 exec torchrun --nnodes=2 --nproc-per-node=8 --node-rank="$SLURM_NODEID" \
   --master-addr="$HEAD_IP" --master-port="$PORT" \

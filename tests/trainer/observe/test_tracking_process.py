@@ -120,13 +120,18 @@ def test_a_tracker_that_dies_is_one_warning(directory, fake):
     assert len(console.warned) == 1 and "training goes on: its process ended" in console.warned[0]
 
 
-def test_a_tracker_that_fails_at_the_end_of_a_short_run_is_one_warning(directory, fake):
+def test_a_tracker_that_fails_at_the_end_of_a_short_run_is_one_warning(
+    directory, fake, monkeypatch
+):
     fake("broken")
+    monkeypatch.setenv("MY_LOGIN", "planted-0123456789")
+    monkeypatch.setenv("LONGSPAN_HIDDEN", "MY_LOGIN")
     console = Console()
     tracking = tracker(directory, console)
     tracking.step(metrics(1))
     tracking.finished({})
-    assert len(console.warned) == 1 and "Connection refused" in console.warned[0]
+    assert len(console.warned) == 1 and "Connection refused ***" in console.warned[0]
+    assert (directory.logs / "wandb.log").read_text() == "for ***\n"
 
 
 def test_what_is_read_ahead_is_bounded():
@@ -253,12 +258,14 @@ def test_a_key_that_is_rejected_is_an_error_before_training(server, fake):
     wandb_account.check_tracking(TrackingSettings())
 
 
-@pytest.mark.parametrize("how", ["rejected", "unreachable", "refuses"])
+@pytest.mark.parametrize("how", ["rejected", "on a cluster", "unreachable", "refuses"])
 def test_a_run_that_cannot_be_online_is_offline_and_says_why(
     directory, fake, server, monkeypatch, how
 ):
     told, console = fake(how), Console()
-    server(401 if how == "rejected" else 200, {"id": "x"})
+    server(401 if how in ("rejected", "on a cluster") else 200, {"id": "x"})
+    if how == "on a cluster":
+        monkeypatch.setenv("LONGSPAN_HIDDEN", "WANDB_API_KEY")
     if how == "unreachable":
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     tracking = tracker(directory, console, "online")
@@ -266,7 +273,8 @@ def test_a_run_that_cannot_be_online_is_offline_and_says_why(
     tracking.finished({})
     modes = [mode for kind, *rest in told() if kind == "init" for mode in rest]
     assert modes == (["online", "offline"] if how == "refuses" else ["offline"])
-    why = {"rejected": "wandb login --relogin", "unreachable": "http://127.0.0.1:9 cannot be",
+    why = {"rejected": "wandb login --relogin", "on a cluster": "in `secrets` of the cluster in",
+           "unreachable": "http://127.0.0.1:9 cannot be",
            "refuses": "offline"}[how]  # fmt: skip
     assert why in console.said[0] and "to upload: wandb sync" in console.said[-1]
     assert [row for row in told() if row[0] == "row"] and console.warned == []
@@ -283,8 +291,9 @@ def test_an_online_run_is_marked_when_all_of_it_is_uploaded(directory, fake, ser
     console = Console()
     tracking = tracker(directory, console, "online")
     tracking.finished({})
-    (said,) = console.said
-    assert said.startswith("Weights & Biases: http://run; earlier attempts are not there yet")
+    first, last = console.said
+    assert first.startswith("Weights & Biases: http://run; earlier attempts are not there yet")
+    assert last.startswith("Weights & Biases: to upload: wandb sync --include-online ")
     assert (directory.path / "run-1-x" / "uploaded").exists()
     (folder / "uploaded").touch()
     assert sync_command(directory.path) is None

@@ -1,0 +1,132 @@
+"""Secrets of a cluster: known to the driver and to ranks, shown by none, whatever their names."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from longspan.cluster import driver
+from longspan.cluster.node_secrets import take_secrets
+from longspan.errors import CheckpointError, RunError
+from longspan.redact import redact, redact_text
+from longspan.trainer.observe import wandb_account
+from support.short_run import short_run
+from support.tracked import without_set_up
+
+LOGIN = "hunter2-hunter2"
+KEY = "0123456789abcdef0123456789abcdef01234567"
+PEM = "-----BEGIN KEY-----\nTUlJRXZRSUJBREFO\nQmdrcWhraUc5dzBC\n-----END KEY-----\n"
+WRITTEN = {"id": "anybody", "inner": {"client_secret": "GOCSPX-5d0c"}, "pem": PEM}
+KEY_FILE = json.dumps(WRITTEN, indent=2)
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    """No set-up of wandb, and what is put into the environment goes with the test."""
+    without_set_up(tmp_path, monkeypatch)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """`secret(text)`: the path of a file with it."""
+
+    def write(text):
+        path = tmp_path / f"secret-{len(list(tmp_path.glob('secret-*')))}"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_secret_under_any_name_is_hidden_here_and_in_children(secret):
+    assert redact_text(f"I am {LOGIN}") == f"I am {LOGIN}"
+    assert take_secrets({"MY_LOGIN": secret(f"{LOGIN}\n")})["MY_LOGIN"] == LOGIN
+    assert redact_text(f"I am {LOGIN}") == "I am ***"
+    assert redact({"name": [LOGIN]}) == {"name": ["***"]}
+    show = "import sys; from longspan.redact import redact_text as r; print(r(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", show, LOGIN], capture_output=True, text=True)
+    assert done.stdout == "***\n", done.stderr
+
+
+def test_a_secret_of_several_lines_is_hidden_line_by_line(secret):
+    take_secrets({"STORE_ACCOUNT": secret(KEY_FILE), "OTHER": secret("line-one-1\r\nline-two-2")})
+    lines = [*KEY_FILE.splitlines(), "line-one-1", "line-two-2"]
+    shown = [
+        "{",
+        "  ***",
+        "  ***",
+        "    ***",
+        "  },",
+        r'  ***\n***\n***\n***\n"',
+        "}",
+        "***",
+        "***",
+    ]
+    assert list(map(redact_text, lines)) == shown
+    # As a library shows what it has read: without names, and lines that end.
+    for part in ("GOCSPX-5d0c", "TUlJRXZRSUJBREFO", "QmdrcWhraUc5dzBC"):
+        assert redact_text(f"refused: {part}") == "refused: ***"
+    assert redact_text("anybody may read this") == "anybody may read this"
+
+
+def test_a_secret_that_is_not_there_is_an_error_where_it_has_to_be(secret, tmp_path):
+    paths = {"MY_LOGIN": secret(LOGIN), "WANDB_API_KEY": str(tmp_path / "nothing")}
+    with pytest.raises(RunError, match=r"WANDB_API_KEY cannot be read from .*nothing.* No such"):
+        take_secrets(paths)
+    take_secrets(paths, all_here=False)
+    assert os.environ["MY_LOGIN"] == LOGIN and "WANDB_API_KEY" not in os.environ
+    with pytest.raises(RunError, match="it is no text"):
+        take_secrets({"MY_LOGIN": secret("a\0b")})
+
+
+@pytest.fixture
+def lead(tmp_path, monkeypatch, capfd):
+    """`lead(secrets)`: what a driver says of a run that tracks online, up to its folder."""
+    recipe = tmp_path / "recipe.yaml"
+    run = short_run(tracking={"wandb": "online"}).model_dump(mode="json")
+    recipe.write_text(yaml.safe_dump(run))
+    monkeypatch.setattr(driver, "connect", lambda: None)
+
+    def fail(*_):
+        raise CheckpointError(f"no folder for {os.environ.get('MY_LOGIN')}")
+
+    monkeypatch.setattr(driver, "create_or_open", fail)
+
+    def call(secrets):
+        words = ["--run-id", "r", "--run-dir", str(tmp_path / "r"), "--name", "n"]
+        words += ["--recipe", str(recipe)]
+        words += ["--secrets", *(f"{name}={path}" for name, path in secrets.items())]
+        assert driver.main(words) == 2
+        return capfd.readouterr().err
+
+    return call
+
+
+def test_the_driver_has_the_key_that_is_a_secret_of_the_cluster(lead, secret, monkeypatch):
+    answers = ["accepted", "rejected"]
+    monkeypatch.setattr(wandb_account, "ask", lambda: answers.pop(0))
+    secrets = {"WANDB_API_KEY": secret(KEY), "MY_LOGIN": secret(LOGIN)}
+    assert "error: no folder for ***" in lead(secrets)
+    said = lead(secrets)
+    assert "rejects the key that the secret of the cluster WANDB_API_KEY holds" in said
+    assert "`secrets` of the cluster in clusters.yaml" in said and not answers
+    assert KEY not in said
+
+
+def test_a_driver_without_a_key_says_where_one_belongs(lead, secret):
+    said = lead({"MY_LOGIN": secret(LOGIN)})
+    assert "no Weights & Biases key is configured" in said
+    assert "as WANDB_API_KEY in `secrets` of the cluster in clusters.yaml" in said
+    assert "wandb login" not in said
+
+
+def test_a_secret_that_only_the_other_nodes_have_stops_no_driver(lead, tmp_path):
+    said = lead({"WANDB_API_KEY": str(tmp_path / "elsewhere")})
+    assert "error: no folder" in said
+    assert f"the secret WANDB_API_KEY is not in {tmp_path}/elsewhere on " in said
