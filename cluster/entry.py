@@ -7,9 +7,12 @@ node that needs it, also where several nodes share a disk and a driver works in 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .needs import DRIVER, install, missing
 
 RECIPE = "LONGSPAN_RECIPE"
 """The environment variable that holds the resolved recipe."""
@@ -24,8 +27,21 @@ def command(arguments: Sequence[str], recipe: str) -> list[str]:
     return [*driver, *arguments, "--recipe", f"/dev/fd/{file}"]
 
 
+def _without(lacks: Sequence[str]) -> int:
+    """Say what this node lacks; the exit code of a user's mistake."""
+    print(
+        f"error: {socket.gethostname()}, where the job started, lacks {', '.join(lacks)}\n"
+        "  a job brings longspan's code only, and every node needs Python and what it imports\n"
+        f"  fix: on every node: {install(missing(), {})}",
+        file=sys.stderr,
+    )
+    return 2
+
+
 def main() -> None:
     """Become the driver; the ranks need not inherit the recipe."""
+    if lacks := missing(DRIVER):
+        sys.exit(_without(lacks))
     recipe = os.environ.pop(RECIPE)
     words = command(sys.argv[1:], recipe)
     # Where Ray was started is no place of the user's: paths are shown in full from here.

@@ -24,6 +24,7 @@ RUN_KEY, SETTINGS_KEY = "longspan_run", "longspan_settings"
 """Keys of a job's metadata: the run's id, and `settings_hash` of its recipe."""
 
 _SHOWN = 300
+_TYPE = "accelerator_type:"
 _GATEWAY = (502, 503, 504)
 _NOT_READY = "No available agent"
 _READY_S = 60.0
@@ -80,11 +81,13 @@ class Node:
         name: As people know it.
         gpus: Its GPUs.
         cores: Its CPU cores.
+        gpu_name: Of its GPUs, such as H100; empty where Ray does not say.
     """
 
     name: str
     gpus: int
     cores: int
+    gpu_name: str = ""
 
 
 class Jobs:
@@ -307,4 +310,5 @@ def _job(row: Mapping[str, Any]) -> Job:
 def _node(row: Mapping[str, Any]) -> Node:
     has = row.get("resources_total") or {}
     name = str(row.get("node_name") or row.get("node_ip") or row["node_id"])
-    return Node(name, int(has.get("GPU", 0)), int(has.get("CPU", 0)))
+    types = [key.removeprefix(_TYPE) for key in has if key.startswith(_TYPE)]
+    return Node(name, int(has.get("GPU", 0)), int(has.get("CPU", 0)), "".join(types[:1]))

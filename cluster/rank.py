@@ -32,11 +32,14 @@ from ..trainer.failure import (
     record_failure,
 )
 from ..trainer.heartbeat import HEARTBEAT
+from ..trainer.loopback import keep_to_loopback
 from ..trainer.observe.attempts import ATTEMPT
 from ..trainer.redacted_log import RedactedLog
 from ..trainer.run_directory import RunDirectory
 from ..trainer.stopping import SAVE_SIGNAL
+from .interfaces import Interface, find_interface, variables
 from .node_secrets import take_secrets
+from .preflight.network import free_port
 from .stacks import dump, flight_recorder
 from .station import Station
 from .watch import Assignment, End, NodeReport, Order, Place
@@ -45,6 +48,7 @@ _WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
 RANKS_LOCK = "ranks.lock"
 """Held, shared, by every rank's process: whoever starts another gang waits until it is free."""
 
+_HERE = "127.0.0.1"
 _POLL_S = 0.1
 _ASK_S = 20.0
 _JOIN_S = 300.0
@@ -68,7 +72,7 @@ class Task:
         first: Seconds that something may take of which nothing is known yet.
         grace: Seconds to save in when ranks are asked to stop.
         secrets: Files on the nodes, by the name of the variable that gets their content.
-        interface: Of the network between the nodes; None: as NCCL and gloo find it.
+        interface: Of the network between the nodes, as NCCL takes it; None: any.
         exactness: The level that this launch may fall to, for the environment; None: as the run
             says.
     """
@@ -129,6 +133,7 @@ class Rank:
         self._directory = RunDirectory(Path(task.run_dir))
         self._node = ray.get_runtime_context().get_node_id()
         self._station: Station
+        self._interface: Interface
         self._report: Any = None
         self._next_report = 0.0
         self._dumped = False
@@ -163,10 +168,17 @@ class Rank:
 
     def _join(self) -> Assignment:
         """Wait for all ranks."""
-        address = self._ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        own = self._ray.util.get_node_ip_address()
+        try:
+            self._interface = find_interface(self._task.interface, own)
+        except OSError as error:
+            raise RunError(
+                f"{error} on {socket.gethostname()}",
+                "name one that every node has: `interface` of the cluster",
+            ) from error
+        address = self._interface.address
+        # Where all ranks are on one machine they meet on loopback.
+        port = free_port(address, _HERE)
         place = Place(self._rank, self._node, socket.gethostname(), address, port)
         answer = self._task.watch.join.remote(self._task.attempt, place)
         return self._ray.get(answer, timeout=_JOIN_S)
@@ -208,10 +220,10 @@ class Rank:
         environment[HEARTBEAT] = str(self._station.beat_path(self._rank))
         if gpu_count():
             environment |= flight_recorder(logs, self._station.folder, task.attempt)
-        if task.interface is not None:
-            environment |= dict.fromkeys(
-                ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), task.interface
-            )
+        if task.interface is None and given.address == _HERE:
+            keep_to_loopback(environment)
+        else:
+            environment |= variables(task.interface, self._interface)
         if task.exactness is not None:
             environment[CONSENT] = task.exactness
         # What the rank prints goes through here, and cannot be redacted without knowing them.

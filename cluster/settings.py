@@ -10,8 +10,10 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from ..settings import Settings
+from ..trainer.flops import PEAKS, peak_flops
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_INTERFACE = re.compile(r"\^?=?[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")
 
 
 def check_address(address: str) -> str:
@@ -52,6 +54,18 @@ def _check_token(path: str) -> str:
     return path
 
 
+def _check_interface(pattern: str) -> str:
+    if not _INTERFACE.fullmatch(pattern):
+        raise ValueError("a name of letters and digits, or a pattern of NCCL's: eth, =eth0, ^lo")
+    return pattern
+
+
+def _check_gpu_name(name: str) -> str:
+    if peak_flops(name) is None:
+        raise ValueError(f"one of {', '.join(PEAKS)}, or left out")
+    return name
+
+
 def _check_secrets(secrets: dict[str, str]) -> dict[str, str]:
     for name, path in secrets.items():
         if not _VARIABLE.fullmatch(name):
@@ -76,6 +90,9 @@ class NodeSettings(Settings):
     gpus: int = Field(default=0, ge=0)
     """GPUs of each node; 0 trains on CPUs."""
 
+    gpu_name: Annotated[str, AfterValidator(_check_gpu_name)] | None = None
+    """Their name, such as H100, for the expected hours; left out: as Ray says, if it does."""
+
     cores: int | None = Field(default=None, ge=1)
     """CPU cores of each node; on nodes without GPUs each rank takes one."""
 
@@ -96,8 +113,10 @@ class ClusterSettings(Settings):
     """Environment variables of the ranks, each with the file on the nodes that holds its value.
     Whatever they are called, their values are hidden in all that is written."""
 
-    interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.:,^=-]+$")
-    """The network interface between the nodes; left out: NCCL and gloo choose."""
+    interface: Annotated[str, AfterValidator(_check_interface)] | None = None
+    """The network interface between the nodes, or a pattern as of NCCL_SOCKET_IFNAME, of which
+    gloo gets the interface that it stands for on each node; left out: the one with the node's
+    address for gloo, and NCCL chooses."""
 
     token: Annotated[str, AfterValidator(_check_token)] | None = None
     """A file here with the cluster's token; left out: $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or

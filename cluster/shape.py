@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..recipes.check import count
 from .clusters import Cluster
@@ -21,12 +21,14 @@ class Shape:
             None where nobody says.
         gpu: Whether they have GPUs.
         said_by: Who says so, for messages.
+        gpu_names: Of the GPUs, as far as anybody says; several where nodes differ.
     """
 
     nodes: int
     slots: tuple[int, ...] | None
     gpu: bool
     said_by: str
+    gpu_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, nodes: int, gpus: int, cores: int | None, said_by: str) -> Shape:
@@ -79,6 +81,8 @@ def shape_of(cluster: Cluster, jobs: Jobs) -> tuple[Shape, list[str]]:
     if written is None:
         return now, []
     shape = Shape.of(written.count, written.gpus, written.cores, "clusters.yaml")
+    named = now.gpu_names if written.gpu_name is None else (written.gpu_name,)
+    shape = replace(shape, gpu_names=named if shape.gpu else ())
     if now.nodes < shape.nodes or now.gpus < shape.gpus:
         verb = "is" if now.nodes == 1 else "are"
         return shape, [f"of {shape.words} (clusters.yaml), {now.words} {verb} up now"]
@@ -91,4 +95,5 @@ def _up_now(nodes: Sequence[Node]) -> Shape:
     cores = sorted((node.cores for node in nodes), reverse=True)
     gpu = any(gpus)
     slots = tuple(free for free in (gpus if gpu else cores) if free)
-    return Shape(len(slots), slots, gpu, "the cluster")
+    names = sorted({node.gpu_name for node in nodes if node.gpus})
+    return Shape(len(slots), slots, gpu, "the cluster", tuple(names))

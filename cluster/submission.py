@@ -25,7 +25,7 @@ from .clusters import Cluster, find_cluster, known_cluster
 from .door import NoAnswer
 from .entry import RECIPE
 from .fit import Fit, fit
-from .forecast import Forecast, forecast, shape_key
+from .forecast import USUAL_MFU, Forecast, forecast, shape_key
 from .jobs import RUN_KEY, SETTINGS_KEY, Jobs, number_of
 from .registry import Place, Record, Registry, check_id, new_id
 from .shape import Shape, shape_of
@@ -104,7 +104,7 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     for warning in [*warnings, *found.warnings]:
         warn(warning)
     record = replace(wanted, shape=shape_key(recipe, found.ranks, cluster.name))
-    expected = forecast(recipe, found.ranks, record.shape, registry)
+    expected = forecast(recipe, found.ranks, record.shape, registry, shape.gpu_names)
     for line in _plan(record, recipe, cluster, shape, found, expected):
         say(line)
     if order.dry_run:
@@ -329,12 +329,31 @@ def _plan(
 
 
 def _time(expected: Forecast, ranks: int, device: str) -> str:
+    if expected.span is not None:
+        return _rough_time(expected, expected.span, ranks)
     if expected.hours is None or expected.rate is None:
         return "not known: nothing like it was trained from here yet"
-    units = ((1.0, "hours"), (1 / 60, "minutes"), (0.0, "seconds"))
-    size, unit = next(both for both in units if expected.hours >= both[0])
-    amount = expected.hours / (size or 1 / 3600)
+    amount, unit = _in_units(expected.hours)
     return (
         f"{amount:,.1f} {unit} of training, {amount * ranks:,.1f} {device}-{unit}, "
         f"at {expected.rate:,.0f} tokens/s as in {expected.run}"
     )
+
+
+def _rough_time(expected: Forecast, span: tuple[float, float], ranks: int) -> str:
+    most, unit = _in_units(span[1])
+    least = most * span[0] / span[1]
+    low, high = (f"{mfu:.0%}" for mfu in USUAL_MFU)
+    return (
+        f"roughly {least:,.1f} to {most:,.1f} {unit} of training, {least * ranks:,.1f} to "
+        f"{most * ranks:,.1f} GPU-{unit}, without evaluations and saves: a guess, at {low} to "
+        f"{high} of {expected.peak / 1e12:,.0f} TFLOP/s per GPU; nothing like it was trained "
+        "from here yet"
+    )
+
+
+def _in_units(hours: float) -> tuple[float, str]:
+    """Hours as what people would say."""
+    units = ((1.0, "hours"), (1 / 60, "minutes"), (0.0, "seconds"))
+    size, unit = next(both for both in units if hours >= both[0])
+    return hours / (size or 1 / 3600), unit

@@ -55,10 +55,15 @@ class FlopsCounter:
         return sum(map(self._of_length, lengths))
 
 
-_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 products per second, from NVIDIA's data sheets."""
 
 
 def peak_flops(name: str) -> float | None:
-    """What a GPU could do at most in bf16, by its name; None where that is not known."""
-    return next((peak for gpu, peak in _PEAKS.items() if gpu in name), None)
+    """What a GPU could do at most in bf16, by its name; None where that is not known.
+
+    It is not of a part of a GPU, whose name has MIG in it.
+    """
+    if "MIG" in name:
+        return None
+    return next((peak for gpu, peak in PEAKS.items() if gpu in name), None)

@@ -28,6 +28,7 @@ from .failure import (
     read_failures,
     without_words,
 )
+from .loopback import keep_to_loopback
 from .observe.attempts import ATTEMPT
 from .redacted_log import RedactedLog
 from .run_directory import RunDirectory
@@ -157,6 +158,7 @@ class Gang:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+        keep_to_loopback(environment)
         environment[LAUNCHER_PID] = str(os.getpid())
         environment[ATTEMPT] = str(self.attempt)
         return environment

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from ..attention.layer_settings import AttentionSettings
 from ..attention.parameters import LayerShape, added_parameters
-from .settings import ModelSettings
+from .data.settings import LocalTokenizer
+from .settings import ModelSettings, RunSettings
+
+_USUAL_VOCAB = 2**17
+
+
+def likely_vocabulary(run: RunSettings) -> int:
+    """Tokens of the model's vocabulary; of a tokenizer that is elsewhere, what most have."""
+    if run.model.vocab is not None:
+        return run.model.vocab
+    return _USUAL_VOCAB if isinstance(run.tokenizer, LocalTokenizer) else run.tokenizer.vocab
 
 
 def count_parameters(

@@ -39,12 +39,13 @@ def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
     from .loop import Run
     from .observe.observer import open_observer
     from .platform import backend, barrier, set_up
+    from .rendezvous import meet
     from .run_directory import RunDirectory
 
     directory = RunDirectory(run_dir)
     run = directory.load_settings()
     set_up(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(backend(), timeout=_TIMEOUT)
+    meet(backend(), _TIMEOUT)
     observer = open_observer(directory, run, rank)
     try:
         complete = Run(directory, run, observer, stop, beat).train()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...trainer.flops import peak_flops
 from .child import ChildError, run_children
-from .result import Level, Result, size
+from .result import FAIL_SHARE, Level, Result, size
 
 CHECK = "devices"
 _EXPECTED_SHARE = 0.5
@@ -48,12 +48,11 @@ def judge(nodes: Mapping[str, Mapping[str, Any]], gpus: Mapping[str, int]) -> It
         nodes: What `probe` found on each.
         gpus: That Ray gives away on each; 0 for a node that computes on its CPU.
     """
-    speeds = {
-        node: found["devices"][0]["flops"]
-        for node, found in nodes.items()
+    cpus = [
+        found["devices"][0]
+        for found in nodes.values()
         if not found.get("gpus") and found.get("devices")
-    }
-    typical = statistics.median(speeds.values()) if speeds else 0.0
+    ]
     for node, found in nodes.items():
         declared = gpus.get(node, 0)
         if error := found.get("error"):
@@ -62,7 +61,7 @@ def judge(nodes: Mapping[str, Mapping[str, Any]], gpus: Mapping[str, int]) -> It
         elif declared:
             yield _worst(list(_gpu_findings(node, found, declared)))
         else:
-            yield _cpu_result(node, found["devices"][0], typical)
+            yield _cpu_result(node, found["devices"][0], cpus)
 
 
 def _gpu_findings(node: str, found: Mapping[str, Any], declared: int) -> Iterator[Result]:
@@ -104,17 +103,29 @@ def _about_device(result: Any, name: str, device: Mapping[str, Any]) -> Iterator
         what = f"{name} with {device['flops'] / 1e12:.0f} TFLOP/s"
         expected = f"{_EXPECTED_SHARE * peak / 1e12:.0f} TFLOP/s ({_EXPECTED_SHARE:.0%} of peak)"
         fix = "see nvidia-smi -q -d PERFORMANCE for throttling, and for what else runs there"
-        yield result("warn", what, expected, fix)
+        slow = device["flops"] < FAIL_SHARE * _EXPECTED_SHARE * peak
+        yield result("fail" if slow else "warn", what, expected, fix)
 
 
-def _cpu_result(node: str, device: Mapping[str, Any], typical: float) -> Result:
+def _cpu_result(node: str, device: Mapping[str, Any], cpus: Sequence[Mapping[str, Any]]) -> Result:
+    typical, of_core = (
+        statistics.median(cpu[name] for cpu in cpus) if cpus else 0.0
+        for name in ("flops", "core_flops")
+    )
     speed = f"{device['flops'] / 1e9:.3g} GFLOP/s"
     expected = f"{_CPU_SHARE * typical / 1e9:.3g} GFLOP/s (a third of the median)"
     if not device["right"]:
         fix = "take the node out; its results cannot be trusted"
         return Result(node, CHECK, "fail", "wrong products", "right products", fix)
+    fix = "end what else runs there"
+    # A rank has a core. Nodes may have few of them, and threads that wait for each other on a busy
+    # node are slower than any of them.
+    if device.get("core_flops", of_core) < FAIL_SHARE * of_core:
+        speed = f"{device['core_flops'] / 1e9:.3g} GFLOP/s of a core"
+        expected = f"{FAIL_SHARE * of_core / 1e9:.3g} GFLOP/s (a fifth of the median)"
+        return Result(node, CHECK, "fail", speed, expected, fix)
     if device["flops"] < _CPU_SHARE * typical:
-        return Result(node, CHECK, "warn", speed, expected, "end what else runs there")
+        return Result(node, CHECK, "warn", speed, expected, fix)
     return Result(node, CHECK, "ok", speed, expected)
 
 

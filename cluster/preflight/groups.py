@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..nodes import Node
@@ -29,9 +29,10 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
     if crew.left(_LIMIT_S) < _LEAST_S:
         return [_unmeasured(node) for node in able]
     results: list[Result] = []
+    ranks = {node.name: max(1, node.gpus) for node in able}
     if several := [node for node in able if node.gpus > 1]:
         answers = _run(crew, [[node] for node in several])
-        results += bandwidth.judge("inside", answers, gpu)
+        results += bandwidth.judge("inside", answers, gpu, ranks)
     bad = {result.node for result in results if result.level == "fail"}
     present = {node.name for node in crew.present}
     able = [node for node in able if node.name in present - bad]
@@ -46,13 +47,41 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
             pairs = _run(crew, _pairs([node for node in able if node.name in answers]))
             if any("error" in found for found in pairs.values()):
                 answers = pairs
-        results += bandwidth.judge("between", answers, gpu)
+        elif not failed and len(able) > 2 and _is_slow(answers, gpu):
+            answers = _by_links(crew, able) or answers
+        results += bandwidth.judge("between", answers, gpu, ranks)
     return results
 
 
 def _unmeasured(node: Node) -> Result:
     fix = "see what keeps the nodes busy"
     return Result(node.name, "bandwidth", "warn", "no time was left", "a measurement", fix)
+
+
+def _is_slow(answers: Mapping[str, Any], gpu: bool) -> bool:
+    least = bandwidth.expected_rate("between", gpu)
+    return any(found["bytes_per_s"] < least for found in answers.values())
+
+
+def _by_links(crew: Crew, nodes: Sequence[Node]) -> dict[str, Any]:
+    """Each node's speed with the better of its two neighbours; nothing where time runs out.
+
+    All together are as slow as the slowest of them. Of two neighbours that are slow, the one that
+    is fast with its other neighbour is not to blame.
+    """
+    links = [(node, nodes[(at + 1) % len(nodes)]) for at, node in enumerate(nodes)]
+    even = len(links) // 2 * 2
+    best: dict[str, Any] = {}
+    # No node is in two links of a round.
+    for part in filter(None, (links[:even:2], links[1:even:2], links[even:])):
+        if crew.left(_LIMIT_S) < _LEAST_S:
+            return {}
+        for name, found in _run(crew, part).items():
+            if "error" in found:  # they have just come together: this tells nothing
+                return {}
+            known = best.get(name, found)
+            best[name] = max(known, found, key=lambda one: one["bytes_per_s"])
+    return best
 
 
 def _pairs(nodes: Sequence[Node]) -> list[Sequence[Node]]:

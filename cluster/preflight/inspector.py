@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...redact import redact_text
+from ..interfaces import find_interface, variables
 from . import bandwidth, clock, devices, disk, network, storage, versions
 
 
@@ -70,11 +71,12 @@ class Inspector:
     def reduce(self, group: bandwidth.Group, limit_s: float) -> dict[str, Any]:
         """Measure an all-reduce with others."""
         with self._at("measuring an all-reduce"):
-            return bandwidth.probe(group, self._interface, limit_s)
+            found = find_interface(self._interface, self._address)
+            return bandwidth.probe(group, variables(self._interface, found), limit_s)
 
     def _listen(self) -> dict[str, Any]:
         try:
-            self._address = network.address_of(self._interface, self._address)
+            self._address = find_interface(self._interface, self._address).address
             self._listener = network.Listener(self._address)
         except OSError as error:
             return {"error": redact_text(str(error.strerror or error))}

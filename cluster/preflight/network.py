@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import errno
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from .links import cut_off
 from .result import Result
@@ -50,34 +51,21 @@ class Listener:
                 return
 
 
-def address_of(interface: str | None, address: str) -> str:
-    """The address that this node has on an interface.
-
-    Args:
-        interface: As NCCL and gloo take it; None, or a pattern: the node's own address.
-        address: The node's own.
-
-    Raises:
-        OSError: There is no such interface; the text names those that there are.
-    """
-    if interface is None or not re.fullmatch(r"[A-Za-z0-9_.-]+", interface):
-        return address
-    import psutil
-
-    found = psutil.net_if_addrs()
-    name = interface if interface in found else None
-    name = name or next((name for name in sorted(found) if name.startswith(interface)), None)
-    for entry in found.get(name or "", ()):
-        if entry.family == socket.AF_INET:
-            return entry.address
-    raise OSError(f"no interface {interface} with an IPv4 address; there is {', '.join(found)}")
-
-
-def free_port(address: str) -> int:
-    """A port of an address that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+def free_port(*addresses: str) -> int:
+    """A port that nobody listens on right now at any of some addresses of this node."""
+    while True:
+        with ExitStack() as held:
+            port = 0
+            try:
+                for address in dict.fromkeys(addresses):
+                    probe = held.enter_context(socket.socket())
+                    probe.bind((address, port))
+                    port = probe.getsockname()[1]
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 def neighbours(names: Sequence[str], name: str) -> list[str]:

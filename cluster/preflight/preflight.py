@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...trainer.data.settings import LocalTokenizer
 from ...trainer.observe.events import EventLog
+from ...trainer.parameters import likely_vocabulary
 from ...trainer.settings import RunSettings
 from ..nodes import Node
 from . import clock, dashboard, devices, disk, groups, network, storage, versions
@@ -19,7 +19,6 @@ from .report import Report, healthy
 from .result import Result
 
 LIMIT_S = 60.0
-_USUAL_VOCAB = 2**17
 _LOOK_S = 30.0
 _MEET_S = 14.0
 _LAST_S = 6.0
@@ -43,7 +42,7 @@ def preflight(
         nodes: Those that are alive.
         run: What shall run; already checked.
         run_dir: The run's folder, on storage that all nodes share.
-        interface: The network interface between the nodes; None: NCCL and gloo choose.
+        interface: The network interface between the nodes, as NCCL takes it; None: any.
         address: Of the dashboard; None: as Ray says.
         log: Gets a `preflight` event.
         like: The versions of nodes that are in use already (`Report.versions`), which those that
@@ -97,7 +96,7 @@ def _alone(
     gpus = {node.name: node.gpus for node in crew.nodes}
     results += devices.judge(_part(looked, "devices"), gpus)
     results += clock.judge({name: clock.Skew(*part["clock"]) for name, part in looked.items()})
-    one = disk.checkpoint_bytes(run, _vocabulary(run))
+    one = disk.checkpoint_bytes(run, likely_vocabulary(run))
     results += disk.judge(_part(looked, "disk"), one, run.checkpoint.keep)
     return results
 
@@ -135,13 +134,6 @@ def _meet(
     reached = {name: part for name, part in _part(met, "network").items() if name in open_}
     results += network.judge(reached, interface)
     return [*results, *storage.judge(folder.parent, {n: writes[n] for n in met}, seen)]
-
-
-def _vocabulary(run: RunSettings) -> int:
-    """Tokens of the model's vocabulary; of a tokenizer that is elsewhere, what most have."""
-    if run.model.vocab is not None:
-        return run.model.vocab
-    return _USUAL_VOCAB if isinstance(run.tokenizer, LocalTokenizer) else run.tokenizer.vocab
 
 
 def _part(looked: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ...trainer.rendezvous import meet
+
 _GPU_BYTES = 256 * 2**20
 _CPU_BYTES = 4 * 2**20
 _ROUNDS = 5
@@ -39,13 +41,20 @@ def measure() -> float:
     return 2 * (world - 1) / world * 4 * elements / best_s
 
 
+def _sum_over_gloo() -> None:
+    """Saves go over gloo beside NCCL, and it may choose another interface."""
+    dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo", timeout=_LIMIT))
+
+
 def main() -> None:
     """Join the others, measure, and print what was found."""
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(1)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=_LIMIT)
+    meet("nccl" if gpu else "gloo", _LIMIT)
+    if gpu:
+        _sum_over_gloo()
     print(json.dumps({"bytes_per_s": measure()}), flush=True)
     # Whoever leaves first must not look like a failure to the others.
     dist.barrier()

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..needs import NEEDS, install, missing
 from .result import Result
 
 CHECK = "versions"
@@ -21,18 +22,22 @@ _OURS = ("python", "longspan", "ray")
 _PACKAGES = ("ray", "torch", "megatron-core", "triton")
 _FOLDERS = ("attention", "cluster", "kernels", "parallel", "recipes", "trainer")
 _SUFFIXES = (".py", ".cu", ".yaml")
-_MISSING = "missing"
+_MISSING, _UNKNOWN = "missing", "unknown"
 
 
 def probe() -> dict[str, str]:
-    """The versions of this node; of longspan its content, which an editable checkout changes."""
+    """The versions of this node, and what it lacks.
+
+    Of longspan it is the content, which an editable checkout changes.
+    """
     found = {"python": platform.python_version(), "longspan": _content()}
+    lacks = dict.fromkeys(missing(), _MISSING)
     for package in _PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = _MISSING
-    return {**found, CUDA_DRIVER: _cuda_driver()}
+        except PackageNotFoundError:  # a checkout on PYTHONPATH has no version
+            found[package] = _UNKNOWN if package in NEEDS else _MISSING
+    return {**found, **lacks, CUDA_DRIVER: _cuda_driver()}
 
 
 def reference(nodes: Mapping[str, Mapping[str, str]], ours: Mapping[str, str]) -> dict[str, str]:
@@ -58,6 +63,12 @@ def judge(nodes: Mapping[str, Mapping[str, str]], expected: Mapping[str, str]) -
     """One result per node; another CUDA driver is a warning, since it may do as well."""
     for node, found in nodes.items():
         other = [name for name in expected if found.get(name, _MISSING) != expected[name]]
+        # What no node has is the same everywhere, and no rank could start.
+        if lacks := [name for name in NEEDS if found.get(name) == _MISSING]:
+            words = _words(found, [*lacks, *(name for name in other if name not in lacks)])
+            fix = f"on the node: {install(lacks, expected)}"
+            yield Result(node, CHECK, "fail", words, "what longspan imports", fix)
+            continue
         if not other:
             words = _words(found, ("python", "torch", "megatron-core"))
             yield Result(node, CHECK, "ok", words, "the same everywhere")

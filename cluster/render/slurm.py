@@ -167,10 +167,15 @@ def _resources(order: Order) -> Iterator[str]:
 
 def _address(interface: str | None) -> str:
     """The command that prints this node's address on the interface between the nodes."""
-    if interface is None or not re.fullmatch(r"[A-Za-z0-9_.-]+", interface):
+    if interface is None or not _is_name(interface):
         return "hostname -I | awk '{print $1}'"
     show = f"ip -4 -o address show dev {shlex.quote(interface)}"
     return show + """ | awk '{split($4, a, "/"); print a[1]; exit}'"""
+
+
+def _is_name(interface: str) -> bool:
+    """Whether it is the name of one interface, and no pattern of NCCL's."""
+    return re.fullmatch(r"[A-Za-z0-9_.-]+", interface) is not None
 
 
 def _ray(order: Order) -> str:
@@ -211,8 +216,10 @@ def _torchrun(order: Order) -> str:
     if order.secrets:
         lines.append(f"export {HIDDEN_NAMES}={','.join(order.secrets)}\n")
     if order.interface is not None:
-        named = shlex.quote(order.interface)
-        lines.append(f"export NCCL_SOCKET_IFNAME={named} GLOO_SOCKET_IFNAME={named}\n")
+        # A pattern is for NCCL alone: gloo takes whole names.
+        names = ["NCCL_SOCKET_IFNAME"] + ["GLOO_SOCKET_IFNAME"] * _is_name(order.interface)
+        given = " ".join(f"{name}={shlex.quote(order.interface)}" for name in names)
+        lines.append(f"export {given}\n")
     return _TORCHRUN.format(
         stop_s=order.grace_s,
         end=_END,

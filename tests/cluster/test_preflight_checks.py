@@ -2,21 +2,21 @@
 
 import http.server
 import json
+import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import longspan
 import pytest
+from longspan.cluster import needs
 from longspan.cluster.nodes import Node
 from longspan.cluster.preflight import (
-    bandwidth,
     child,
     clock,
     dashboard,
-    devices,
     disk,
-    groups,
     network,
     storage,
     versions,
@@ -60,6 +60,50 @@ def test_nodes_that_come_later_have_to_be_like_those_in_use():
     assert next(iter(versions.judge({"late": SAME}, SAME))).level == "ok"
 
 
+def test_what_is_missing_is_a_failure_also_where_it_is_missing_everywhere():
+    bare = {**SAME, "torch": "missing", "megatron-core": "missing", "ray": "2.52.1"}
+    nodes = {"a": bare, "b": bare}
+    results = list(versions.judge(nodes, versions.reference(nodes, bare)))
+    assert [result.level for result in results] == ["fail", "fail"]
+    assert results[0].found == "megatron-core missing, torch missing"
+    assert results[0].fix == (
+        "on the node: pip install 'megatron-core>=0.16.1,<0.20' 'torch>=2.10'"
+    )
+    # Where others have it, theirs is wanted; a driver without what only ranks need is none of it.
+    full = {**SAME, "torch": "2.13.0+cpu", "ray": "2.52.1", "megatron-core": "0.16.1"}
+    nodes = {"a": full, "b": full, "c": {**full, "torch": "missing", "tokenizers": "missing"}}
+    results = list(versions.judge(nodes, versions.reference(nodes, bare)))
+    assert [result.level for result in results] == ["ok", "ok", "fail"]
+    assert results[2].fix == "on the node: pip install 'tokenizers>=0.21' torch==2.13.0"
+
+
+def test_a_checkout_without_a_version_is_there(monkeypatch):
+    monkeypatch.setitem(needs.NEEDS, "megatron-core", ("json", "x"))
+    monkeypatch.setitem(needs.NEEDS, "torch", ("no_such_package.torch", "x"))
+    monkeypatch.setattr(versions, "version", none_installed)
+    found = versions.probe()
+    assert (found["megatron-core"], found["torch"]) == ("unknown", "missing")
+    assert found["triton"] == "missing"
+    assert next(iter(versions.judge({"a": {**found, "torch": "2"}}, {}))).level == "ok"
+
+
+def none_installed(package):
+    raise PackageNotFoundError(package)
+
+
+def test_what_nodes_need_is_what_the_package_asks_for():
+    project = tomllib.loads((Path(longspan.__file__).parent / "pyproject.toml").read_text())
+    asked = {text.partition(";")[0].strip() for text in project["project"]["dependencies"]}
+    assert {text for _, text in needs.NEEDS.values()} <= asked
+    # The others are those of the command line and of one kind of tracking.
+    left = asked - {text for _, text in needs.NEEDS.values()}
+    assert left == {"aiohttp", "typer>=0.15", "wandb>=0.19"}
+    assert needs.missing() == []
+    readme = (Path(longspan.__file__).parent / "README.md").read_text("utf-8")
+    (told,) = [line for line in readme.splitlines() if line.startswith("A Ray cluster with")]
+    assert not [name for name in needs.NEEDS if name not in told]
+
+
 def test_versions_of_this_node_are_those_of_its_packages():
     found = versions.probe()
     assert found["torch"][0].isdigit() and found["megatron-core"][0].isdigit()
@@ -68,56 +112,6 @@ def test_versions_of_this_node_are_those_of_its_packages():
     root = Path(longspan.__file__).parent
     floors = {p.parent.name for p in root.glob("*/__init__.py")} - {"tests", "benchmarks"}
     assert floors == set(versions._FOLDERS)
-
-
-def gpu_node(**changes):
-    device = {"name": "NVIDIA H100", "flops": 600e12, "right": True, "free": 79, "total": 80}
-    card = {"index": "0", "name": "NVIDIA H100", "ecc": "0", "pending": "No"}
-    card |= {key: changes.pop(key) for key in ("ecc", "pending") if key in changes}
-    return {"gpus": 2, "devices": [device, {**device, **changes}], "cards": [card]}
-
-
-GPU_CASES = {
-    "healthy": ({}, "ok", "2 x NVIDIA H100, 600 TFLOP/s"),
-    "wrong": ({"right": False, "flops": 1e12}, "fail", "GPU 1 multiplies wrongly"),
-    "slow": ({"flops": 400e12}, "warn", "GPU 1 with 400 TFLOP/s"),
-    "unknown": ({"flops": 4e12, "name": "a GPU"}, "ok", "2 x"),
-    "shared": ({"free": 60}, "warn", "GPU 1 with"),
-    "taken": ({"free": 10}, "fail", "GPU 1 with"),
-    "ECC": ({"ecc": "3"}, "fail", "GPU 0 with 3 uncorrected ECC errors"),
-    "no ECC": ({"ecc": "[N/A]"}, "ok", "2 x"),
-    "pages": ({"pending": "Yes"}, "warn", "memory pages"),
-}
-
-
-@pytest.mark.parametrize("name", GPU_CASES)
-def test_gpus_are_judged_by_the_worst_that_was_found(name):
-    changes, level, part = GPU_CASES[name]
-    found = level_of(devices.judge({"a": gpu_node(**changes)}, {"a": 2}), "a")
-    assert found[0] == level and part in found[1]
-
-
-def test_fewer_gpus_than_ray_gives_away_and_a_crash_are_failures():
-    found = devices.judge({"a": gpu_node(), "b": {"gpus": 0, "devices": [], "error": "segfault"}},
-                          {"a": 3, "b": 2})  # fmt: skip
-    assert [(r.level, r.found) for r in found] == [("fail", "2 GPUs"), ("fail", "segfault")]
-
-
-def test_a_cpu_is_compared_with_the_others():
-    def node(flops, right=True):
-        return {"gpus": 0, "devices": [{"name": "CPU", "flops": flops, "right": right}]}
-
-    nodes = {"a": node(9e9), "b": node(2e9), "c": node(8e9), "d": node(9e9, right=False)}
-    found = devices.judge(nodes, dict.fromkeys(nodes, 0))
-    assert [result.level for result in found] == ["ok", "warn", "ok", "fail"]
-
-
-def test_the_lines_of_nvidia_smi_are_read():
-    text = "0, NVIDIA H100 80GB HBM3, 0, No\n1, NVIDIA H100 80GB HBM3, [N/A], [N/A]\nbroken\n"
-    cards = devices.read_cards(text)
-    assert [card["index"] for card in cards] == ["0", "1"]
-    assert cards[1] == {"index": "1", "name": "NVIDIA H100 80GB HBM3", "ecc": "[N/A]",
-                        "pending": "[N/A]"}  # fmt: skip
 
 
 def test_a_clock_is_corrected_for_the_round_trip(monkeypatch):
@@ -243,11 +237,25 @@ def test_every_node_is_tried_by_others_however_many_there_are():
     assert network.neighbours(["a", "b", "c"], "b") == ["c", "a"]
 
 
-def test_an_interface_is_found_by_its_name_or_named_as_missing():
-    assert network.address_of("lo", "10.0.0.1") == "127.0.0.1"
-    assert network.address_of(None, "10.0.0.1") == network.address_of("^docker", "10.0.0.1")
-    with pytest.raises(OSError, match=r"no interface nope0 .* there is .*lo"):
-        network.address_of("nope0", "10.0.0.1")
+def test_a_port_is_free_at_all_addresses(monkeypatch):
+    """The first that is offered may be taken elsewhere."""
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("127.0.0.2", 0))
+        port = taken.getsockname()[1]
+        offers = iter([port, 0])
+        bind = socket.socket.bind
+
+        class Offered(socket.socket):
+            def bind(self, address):
+                offered = next(offers, 0) if address[1] == 0 else address[1]
+                bind(self, (address[0], offered))
+
+        monkeypatch.setattr(network.socket, "socket", Offered)
+        free = network.free_port("127.0.0.1", "127.0.0.2", "127.0.0.1")
+        assert free not in (0, port) and not list(offers)
+        bind(probe, ("127.0.0.2", free))
+    with pytest.raises(OSError):
+        network.free_port("192.0.2.77")
 
 
 def test_the_network_names_who_is_not_reached_and_why():
@@ -255,24 +263,6 @@ def test_the_network_names_who_is_not_reached_and_why():
     found = list(network.judge(failed, None))
     assert [result.level for result in found] == ["ok", "ok", "fail"]
     assert found[2].found == "none with a, b (timed out)" and "interface" in found[2].fix
-
-
-def test_ranks_that_come_together_measure_what_they_carry():
-    port = network.free_port("127.0.0.1")
-    groups = [bandwidth.Group("127.0.0.1", port, first, 1, 2) for first in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda group: bandwidth.probe(group, None, 60), groups))
-    assert all(part["bytes_per_s"] > 0 for part in found), found
-    nodes = {"a": {"bytes_per_s": 1.0}, "b": {"error": "no answer"}, "c": {"bytes_per_s": 5e8}}
-    assert [r.level for r in bandwidth.judge("between", nodes, gpu=False)] == ["warn", "fail", "ok"]
-    assert [r.level for r in bandwidth.judge("inside", nodes, gpu=True)] == ["warn", "fail", "warn"]
-
-
-def test_a_rank_that_stays_alone_fails_in_time():
-    alone = bandwidth.Group("127.0.0.1", network.free_port("127.0.0.1"), 0, 1, 2)
-    assert bandwidth.probe(alone, None, 4) == {"error": "no answer within 4 s"}
-    nowhere = bandwidth.Group("127.0.0.1", network.free_port("127.0.0.1"), 0, 1, 1)
-    assert "nope0" in bandwidth.probe(nowhere, "nope0", 30)["error"]
 
 
 def test_a_child_that_fails_says_why(tmp_path):
@@ -306,60 +296,3 @@ def test_a_report_is_a_file(tmp_path):
     assert written["results"][-1]["level"] == "fail"
     with pytest.raises(RunError, match="cannot be written"):
         found.write(tmp_path / "nowhere")
-
-
-class _Crew:
-    """Answers for nodes, some of which spoil every group that they are in."""
-
-    def __init__(self, nodes, spoilers, left=60.0):
-        self.present, self._spoilers, self._left = list(nodes), spoilers, left
-        self.groups = []
-
-    def left(self, most_s):
-        return min(most_s, self._left)
-
-    def ask(self, method, arguments, limit_s):
-        if method == "port":
-            return {name: ("127.0.0.1", number) for number, name in enumerate(arguments)}
-        groups = {}
-        for name, (group, _) in arguments.items():
-            groups.setdefault(group.port, []).append((name, group))
-        self.groups = [[name for name, _ in members] for members in groups.values()]
-        for members in groups.values():
-            assert [group.first for _, group in members] == list(
-                range(0, members[0][1].world, members[0][1].local)
-            )
-        spoilt = {name: set(names) & self._spoilers for names in self.groups for name in names}
-        return {
-            name: {"error": "timed out"} if spoilt[name] else {"bytes_per_s": 1e12}
-            for name in arguments
-        }
-
-
-def failed_in(crew):
-    return [r.node for r in groups.measure(crew, crew.present) if r.level == "fail"]
-
-
-def test_pairs_tell_which_node_spoils_the_group():
-    nodes = [node(number) for number in range(1, 6)]
-    assert failed_in(_Crew(nodes, set())) == []
-    crew = _Crew(nodes, {nodes[1].name})
-    assert failed_in(crew) == [nodes[0].name, nodes[1].name]
-    assert [len(names) for names in crew.groups] == [2, 3]
-    assert failed_in(_Crew(nodes[:2], {nodes[1].name})) == [nodes[0].name, nodes[1].name]
-
-
-def test_gpus_of_a_node_measure_alone_first_and_nodes_without_any_do_not():
-    nodes = [node(1, gpus=8), node(2, gpus=8), node(3)]
-    found = groups.measure(_Crew(nodes, set()), nodes)
-    assert [(r.node, r.check) for r in found] == [
-        (nodes[0].name, "bandwidth inside"), (nodes[1].name, "bandwidth inside"),
-        (nodes[0].name, "bandwidth between"), (nodes[1].name, "bandwidth between"),
-    ]  # fmt: skip
-    assert failed_in(_Crew(nodes, {nodes[0].name})) == [nodes[0].name]
-
-
-def test_without_time_nothing_is_measured_and_nobody_is_blamed():
-    nodes = [node(1), node(2)]
-    found = groups.measure(_Crew(nodes, set(), left=3.0), nodes)
-    assert [result.level for result in found] == ["warn", "warn"]

@@ -135,6 +135,12 @@ def test_torchrun_needs_ranks_that_divide():
     assert "--nproc-per-node=6" in render_slurm(replace(ORDER, ranks=12), ray=False)
 
 
+def test_a_pattern_of_interfaces_is_for_nccl_alone():
+    """Gloo would look for an interface of that name."""
+    script = render_slurm(replace(ORDER, interface="^docker0,lo"), ray=False)
+    assert "export NCCL_SOCKET_IFNAME='^docker0,lo'\n" in script and "GLOO" not in script
+
+
 def test_names_are_those_of_kubernetes():
     assert label("Llama-3.1_8B--x") == "llama-3-1-8b-x"
     assert label("a" * 39 + "-" + "b" * 20) == "a" * 39

@@ -29,7 +29,7 @@ class Dashboard:
 
     Attributes:
         token: What it asks for; None: it answers everybody.
-        nodes: GPUs and cores of each node; None: it does not say.
+        nodes: GPUs, cores and maybe the type of GPU of each node; None: it does not say.
         version: Of Ray.
         starts_as: The status of a new job.
         refuses: A text that new jobs are refused with.
@@ -47,7 +47,7 @@ class Dashboard:
     """
 
     token: str | None = "right-token-0123456789"
-    nodes: list[tuple[int, int]] | None = field(default_factory=lambda: [(0, 4), (0, 4)])
+    nodes: list[tuple[Any, ...]] | None = field(default_factory=lambda: [(0, 4), (0, 4)])
     version: str = "2.60.0"
     starts_as: str = "RUNNING"
     refuses: str = ""
@@ -141,9 +141,11 @@ class Dashboard:
                 "node_id": f"{number:056x}",
                 "node_name": f"node-{number}",
                 "state": "ALIVE",
-                "resources_total": {"CPU": float(cores)} | ({"GPU": float(gpus)} if gpus else {}),
+                "resources_total": {"CPU": float(cores)}
+                | ({"GPU": float(gpus)} if gpus else {})
+                | {f"accelerator_type:{name}": 1.0 for name in names if name},
             }
-            for number, (gpus, cores) in enumerate(self.nodes)
+            for number, (gpus, cores, *names) in enumerate(self.nodes)
         ]
         rows.append({"node_id": "dead", "state": "DEAD", "resources_total": {"CPU": 64.0}})
         return web.json_response({"result": True, "data": {"result": {"result": rows}}})

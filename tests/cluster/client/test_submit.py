@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from longspan.cluster import entry
+from longspan.cluster import entry, needs
 from longspan.cluster import jobs as jobs_module
 from longspan.cluster.jobs import Jobs
 from longspan.cluster.registry import Registry
 from longspan.errors import ClusterError
 from longspan.recipes.loading import load_recipe
-from longspan.trainer.run_directory import RunDirectory, settings_hash
+from longspan.trainer.run_directory import settings_hash
 from longspan.trainer.settings import RunSettings
 from support.recorded import leave_run
 
@@ -88,12 +88,11 @@ def test_the_job_is_the_driver_with_the_resolved_recipe(longspan, lab, dashboard
 def test_the_entry_becomes_the_driver_and_hands_the_recipe_on(tmp_path):
     """A recipe of any length; the ranks' environment is without it."""
     recipe = "# " + "x" * 100_000 + "\nend"
-    (tmp_path / "longspan").mkdir()
-    (tmp_path / "longspan" / "__init__.py").touch()
-    (tmp_path / "longspan" / "cluster").mkdir()
-    (tmp_path / "longspan" / "cluster" / "__init__.py").touch()
-    (tmp_path / "longspan" / "cluster" / "entry.py").write_text(Path(entry.__file__).read_text())
-    (tmp_path / "longspan" / "cluster" / "driver.py").write_text(
+    cluster = tmp_path / "longspan" / "cluster"
+    cluster.mkdir(parents=True)
+    for module in (entry, needs):
+        (cluster / Path(module.__file__).name).write_text(Path(module.__file__).read_text())
+    (cluster / "driver.py").write_text(
         "import os, sys\nfrom pathlib import Path\n"
         "print(os.getpid(), os.getcwd(), 'LONGSPAN_RECIPE' in os.environ, sys.argv[1:-1])\n"
         "print(Path(sys.argv[-1]).read_text('utf-8'), end='')\nsys.exit(75)\n"
@@ -108,6 +107,19 @@ def test_the_entry_becomes_the_driver_and_hands_the_recipe_on(tmp_path):
     first, rest = out.split("\n", 1)
     assert first == f"{process.pid} {tmp_path} False ['--run-id', 'a b', '--recipe']"
     assert rest == recipe and process.returncode == 75
+
+
+def test_a_node_that_cannot_start_the_driver_says_what_it_lacks(tmp_path):
+    """With nothing but the standard library."""
+    (tmp_path / "longspan").symlink_to(Path(entry.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+         "from longspan.cluster.entry import main; main()", "--run-id", "a"],
+        env={"LONGSPAN_RECIPE": "x: 1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "where the job started, lacks PyYAML, pydantic, ray" in done.stderr
+    assert "fix: on every node: pip install 'megatron-core>=0.16.1,<0.20' numpy" in done.stderr
 
 
 def test_a_dry_run_checks_everything_and_sends_nothing(longspan, lab, dashboard):
@@ -326,30 +338,6 @@ def test_data_that_only_the_nodes_see_is_a_warning(longspan, lab, dashboard):
     assert code == 0 and "cannot be checked from here" in err and "/nowhere/b.txt" in err
     assert "(not visible from here: its nodes have to see it)" in out
     assert longspan("submit", "smoke", "--dry-run", *source, "--set", "model.hidden=65")[0] == 2
-
-
-def test_the_time_is_that_of_an_equal_run_before(longspan, lab, dashboard, storage):
-    assert longspan("submit", "smoke", "--run-id", "first")[0] == 0
-    leave_smoke(storage / "runs" / "first")
-    _, out, _ = longspan("submit", "smoke", "--dry-run", "--set", "seed=3")
-    # 4,096 tokens at 512 a second and as many at 1,024: 12 seconds on each of two ranks.
-    assert "12.0 seconds of training, 24.0 CPU core-seconds, at 683 tokens/s as in first" in out
-    _, out, _ = longspan("submit", "smoke", "--dry-run", "--set", "model.layers=4")
-    assert "time     not known" in out
-
-
-def leave_smoke(path) -> RunDirectory:
-    """A run of smoke with a slow first step and a steady rest in both stages."""
-    from longspan.trainer.observe.events import EventLog
-    from longspan.trainer.run_directory import create_or_open
-
-    directory = create_or_open(path, load_recipe("smoke").run(), "smoke")
-    log = EventLog(directory.events)
-    for stage, rate in (("base", 512.0), ("stretch", 1024.0)):
-        for number in range(4):
-            log.write("step", stage=stage, tokens_per_s=1.0 if number == 0 else rate)
-    log.close()
-    return directory
 
 
 def test_no_secret_travels_with_a_run(longspan, lab, dashboard, user, monkeypatch, tmp_path):
