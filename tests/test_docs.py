@@ -15,16 +15,10 @@ from longspan.recipes.loading import load_recipe
 from longspan.trainer.devices import Machine
 
 ROOT = Path(longspan.__file__).parent
-README, CONTRIBUTING, CHANGELOG, DESIGN, CLUSTER = (
-    ROOT / name
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        "docs/design.md",
-        "docs/cluster.md",
-    )  # fmt: skip
+README, CONTRIBUTING, CHANGELOG = (
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 )
+DESIGN, CLUSTER = (ROOT / "docs" / name for name in ("design.md", "cluster.md"))
 RUN = ROOT / ".ci/run"
 DOCUMENTS = [README, CONTRIBUTING, CHANGELOG, DESIGN, CLUSTER]
 # What exists only where a document was written, and where packages come from.
