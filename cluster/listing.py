@@ -32,6 +32,7 @@ _WORDS = {
     "gone": "its folder is gone",
 }
 _LAST_LINES = 5
+_PATIENCE_S = 5.0
 
 
 def list_runs(
@@ -64,7 +65,7 @@ def show_run(run: Record | RunDirectory) -> tuple[dict[str, Any], str]:
     if isinstance(run, RunDirectory) or run.cluster is None:
         status = read_status(run if isinstance(run, RunDirectory) else run.directory)
         return status.as_dict(), render_status(status)
-    standing = stand_alone(run)
+    standing = stand_alone(run, _PATIENCE_S)
     values, lines, reason = standing.as_dict(), [], ""
     if run.directory.is_run():
         status = read_status(run.directory)

@@ -17,9 +17,14 @@ def unit_of(run: RunSettings, most: int) -> int:
         run: The run's settings.
         most: Ranks that the largest node takes.
     """
+    return math.lcm(*groups_of(run, most))
+
+
+def groups_of(run: RunSettings, most: int) -> list[int]:
+    """As `unit_of`, of each stage by itself."""
     parallel = [stage.parallel for stage in run.stages]
-    whole = math.lcm(*(p.tensor * p.context for p in parallel))
-    return whole if whole <= most else math.lcm(*(p.tensor for p in parallel))
+    whole = [p.tensor * p.context for p in parallel]
+    return whole if math.lcm(*whole) <= most else [p.tensor for p in parallel]
 
 
 def place(slots: Mapping[str, int], ranks: int, unit: int) -> tuple[str, ...] | None:

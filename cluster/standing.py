@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from .registry import Record
 from .submission import cluster_of
 
 _TAIL_BYTES = 65536
-_LIST_TIMEOUT_S = 1.5
-"""A cluster that is slower than that must not keep a list of runs waiting."""
+_LIST_S = 1.0
+"""Clusters that are slower than that must not keep a list of runs waiting."""
+
+Answer = tuple[Mapping[str, Sequence[Job]], str]
+"""The jobs on a cluster by run, or why they are not known."""
 
 _BY_JOB = {"PENDING": "queued", "RUNNING": "running", "SUCCEEDED": "complete", "STOPPED": "stopped"}
 _BY_CODE = {STOPPED: "stopped", INTERRUPTED: "interrupted"}
@@ -69,19 +73,18 @@ class Standing:
 
 def stand(records: Sequence[Record]) -> list[Standing]:
     """Where runs are; every cluster is asked once, all of them at the same time."""
-    places = {record.cluster.name: record for record in records if record.cluster}
-    with ThreadPoolExecutor(max_workers=max(1, len(places))) as pool:
-        answers = dict(zip(places, pool.map(_jobs_of, places.values()), strict=True))
+    answers = _answers(records, _LIST_S)
     return [_stand(record, *_mine(record, answers)) for record in records]
 
 
-def stand_alone(record: Record) -> Standing:
-    """Where one run is; its cluster has more time to answer."""
-    jobs: Mapping[str, list[Job]] = {}
-    note = ""
-    if record.cluster is not None:
-        jobs, note = _jobs_of(record, timeout_s=None)
-    return _stand(record, jobs.get(record.id, []), note)
+def stand_alone(record: Record, limit_s: float = 30.0) -> Standing:
+    """Where one run is.
+
+    Args:
+        record: The run.
+        limit_s: Seconds that its cluster has to answer in.
+    """
+    return _stand(record, *_mine(record, _answers([record], limit_s)))
 
 
 def job_state(job: Job) -> str:
@@ -144,9 +147,28 @@ def _newest_events(path: Path) -> Iterator[Mapping[str, Any]]:
             yield event
 
 
-def _jobs_of(
-    record: Record, timeout_s: float | None = _LIST_TIMEOUT_S
-) -> tuple[Mapping[str, list[Job]], str]:
+def _answers(records: Sequence[Record], limit_s: float) -> dict[str, Answer]:
+    """What the clusters of runs say within a time, by name; those that take longer are left behind.
+
+    A socket's own time-out begins anew with every byte, and looking up a name has none.
+    """
+    places = {record.cluster.name: record for record in records if record.cluster}
+    found: dict[str, Answer] = {}
+
+    def ask(name: str, record: Record) -> None:
+        found[name] = _jobs_of(record, limit_s)
+
+    until = time.monotonic() + limit_s
+    threads = [threading.Thread(target=ask, args=item, daemon=True) for item in places.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    silent = {name: ({}, f"cluster {name} gave no answer in {limit_s:g} s") for name in places}
+    return silent | found
+
+
+def _jobs_of(record: Record, timeout_s: float) -> Answer:
     """The jobs on a run's cluster by run, or why they are not known."""
     found: dict[str, list[Job]] = {}
     try:
@@ -160,10 +182,8 @@ def _jobs_of(
     return found, ""
 
 
-def _mine(
-    record: Record, answers: Mapping[str, tuple[Mapping[str, list[Job]], str]]
-) -> tuple[list[Job], str]:
+def _mine(record: Record, answers: Mapping[str, Answer]) -> tuple[Sequence[Job], str]:
     if record.cluster is None:
         return [], ""
     jobs, note = answers[record.cluster.name]
-    return list(jobs.get(record.id, [])), note
+    return jobs.get(record.id, []), note

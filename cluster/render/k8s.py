@@ -20,10 +20,13 @@ _MOUNT = "/etc/longspan"
 _RECIPE = "recipe.yaml"
 _HEAD_CORES, _HEAD_MEMORY = "2", "8Gi"
 _KEPT_S = 600
+_NEW_CLUSTERS = 2
+"""A lost driver is worth that; KubeRay cannot tell it from a user's mistake, which is not more."""
+
 _SECRET = "longspan"
 
 HEADER = """\
-# {run_id}: a run of {name} as a RayJob. Applied twice it is one run, which goes on where it was.
+# {run_id}: a run of {name} as a RayJob. However often it is started, it is one run.
 #
 # It needs KubeRay 1.5.1 or newer, which makes the cluster's token itself (authOptions), and
 #   a volume that all nodes can write:   PersistentVolumeClaim {claim}
@@ -31,6 +34,10 @@ HEADER = """\
 {secrets}#
 #   kubectl apply -f FILE
 #   kubectl logs -f job/{job}
+#
+# Once it has ended, apply does nothing. From its newest checkpoint it goes on with
+#   kubectl replace --force -f FILE
+# and where its driver fails, KubeRay does so itself on a new cluster, {clusters} times at most.
 """
 
 
@@ -40,11 +47,14 @@ def default_image() -> str:
 
 
 def job_name(run_id: str) -> str:
-    """A run's id as Kubernetes takes it; where that changes it, a name that no other run has."""
+    """A run's id as KubeRay takes it; where that changes it, a name that no other run has."""
     plain = label(run_id)
-    if plain == run_id:
+    # It names services as well, and those begin with a letter.
+    first = "" if plain[0].isalpha() else "run-"
+    if first + plain == run_id:
         return plain
-    return f"{label(run_id, 33)}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
+    short = label(first + run_id, 33)
+    return f"{short}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
 
 
 def manifest(order: Order, image: str, claim: str) -> list[dict[str, Any]]:
@@ -75,6 +85,7 @@ def manifest(order: Order, image: str, claim: str) -> list[dict[str, Any]]:
             "runtimeEnvYAML": yaml.safe_dump(
                 {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_s)}}
             ),
+            "backoffLimit": _NEW_CLUSTERS,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _KEPT_S,
             "rayClusterSpec": {
@@ -102,6 +113,7 @@ def render_k8s(order: Order, image: str, claim: str) -> str:
         image=image,
         secrets=secrets,
         job=job_name(order.run_id),
+        clusters=_NEW_CLUSTERS,
     )
     documents = manifest(order, image, claim)
     return head + "---\n".join(
@@ -116,7 +128,8 @@ def _entrypoint(order: Order) -> str:
         words += ["--secrets", *(f"{name}={path}" for name, path in order.secrets.items())]
     if order.interface is not None:
         words += ["--interface", order.interface]
-    return f"python -P -m longspan.cluster.driver {shlex.join(words)}"
+    # exec: the shell would get the signal to stop as well, and die of it.
+    return f"exec python -P -m longspan.cluster.driver {shlex.join(words)}"
 
 
 def _head(order: Order, image: str, claim: str, name: str) -> dict[str, Any]:

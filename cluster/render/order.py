@@ -11,6 +11,7 @@ from ...recipes.loading import load_recipe
 from ...trainer.run_directory import refuse_credentials
 from ..clusters import Cluster, clusters_file, find_cluster
 from ..fit import fit
+from ..placement import groups_of
 from ..registry import check_id, new_id
 from ..settings import ClusterSettings, check_absolute
 from ..shape import Shape
@@ -61,6 +62,8 @@ class Order:
         secrets: Environment variables of the ranks, and the files on the nodes with their values.
         interface: The network interface between the nodes.
         warnings: What may not be wanted.
+        groups: Ranks in a row that have to be on one node, by the setting of a stage that says so.
+        most_nodes: There are so many.
     """
 
     run_id: str
@@ -75,6 +78,8 @@ class Order:
     secrets: Mapping[str, str] = field(default_factory=dict)
     interface: str | None = None
     warnings: Sequence[str] = ()
+    groups: Mapping[str, int] = field(default_factory=dict)
+    most_nodes: int = 1
 
     @property
     def run_dir(self) -> str:
@@ -114,7 +119,9 @@ def take(wanted: Wanted) -> Order:
             f"to {clusters_file()}",
         )
     gpus = gpus or 0
-    found = fit(recipe, cluster, Shape.of(nodes, gpus, cores, "the nodes that were given"))
+    shape = Shape.of(nodes, gpus, cores, "the nodes that were given")
+    found = fit(recipe, cluster, shape)
+    groups = groups_of(recipe, max(shape.slots or (found.ranks,)))
     return Order(
         run_id=wanted.run_id or new_id(recipe.name),
         name=recipe.name,
@@ -128,6 +135,8 @@ def take(wanted: Wanted) -> Order:
         secrets=cluster.settings.secrets,
         interface=cluster.settings.interface,
         warnings=found.warnings,
+        groups={recipe.where(f"stages.{n}.parallel"): group for n, group in enumerate(groups)},
+        most_nodes=nodes,
     )
 
 

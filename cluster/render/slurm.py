@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 
 import yaml
 
@@ -63,7 +64,8 @@ worker=$!
 code=0
 wait "$worker" || code=$?
 if [[ $asked == 1 ]]; then
-  # The signal ended the wait, not what was waited for.
+  # A signal ends the wait, not what is waited for.
+  while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
   if [[ $code != 0 ]]; then
@@ -76,6 +78,7 @@ exit "$code"
 _RAY = """\
 # The token lies in a folder of yours and goes with the job; the dashboard stays on loopback.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/token" RAY_USAGE_STATS_ENABLED=0
+unset RAY_AUTH_TOKEN RAY_ADDRESS
 python3 -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
 export LONGSPAN_HOME="$WORK/home" LONGSPAN_CLUSTERS="$WORK/clusters.yaml"
 sed "s/{port}/$((PORT + 1))/; s|@WORK@|$WORK|" > "$LONGSPAN_CLUSTERS" << '{end}'
@@ -94,13 +97,13 @@ for _ in $(seq 120); do
   sleep 1
 done
 {others}
-longspan submit "$RECIPE" --cluster {cluster} --run-id "$RUN_ID"
 asked=0
 stop() {{
   asked=1
   longspan stop "$RUN_ID" || true
 }}
 trap stop TERM
+longspan submit "$RECIPE" --cluster {cluster} --run-id "$RUN_ID"
 longspan logs -f "$RUN_ID" &
 """
 
@@ -109,6 +112,21 @@ srun --overlap --nodes={count} --ntasks={count} --exclude="$head" \\
   ray start --address="$HEAD_IP:$PORT" \\
   --dashboard-agent-listen-port=$((PORT + 2)){given} --block &
 pids+=($!)
+nodes_up() {{
+  {{ ray list nodes --address="http://127.0.0.1:$((PORT + 1))" --filter=state=ALIVE \\
+    --limit=10000 --format=json || true; }} 2> /dev/null |
+    {{ grep -o '"node_id"' || true; }} | wc -l
+}}
+# A run takes the nodes that it finds: for some minutes all of them are waited for.
+for _ in $(seq 60); do
+  up=$(nodes_up)
+  if [[ $up -ge {nodes} ]]; then break; fi
+  kill -0 "${{pids[1]}}" 2> /dev/null || break
+  sleep 3
+done
+if [[ $up -lt {nodes} ]]; then
+  echo "warning: $up of {nodes} nodes have joined; the run begins when those are enough" >&2
+fi
 """
 
 _TORCHRUN = """\
@@ -140,8 +158,10 @@ def render_slurm(order: Order, *, ray: bool = True) -> str:
             torchrun, which ends with the first rank that fails.
 
     Raises:
-        RunError: torchrun cannot spread so many ranks evenly.
+        RunError: torchrun cannot spread the ranks evenly without splitting their groups.
     """
+    if not ray:
+        order = _evenly(order)
     head = _HEAD.format(
         run_id=order.run_id,
         name=order.name,
@@ -191,7 +211,9 @@ def _ray(order: Order) -> str:
     }
     given = f" --num-gpus={order.gpus}" if order.gpus else ""
     given += f" --num-cpus={order.cores}" if order.cores else ""
-    others = _OTHERS.format(count=order.nodes - 1, given=given) if order.nodes > 1 else ""
+    others = ""
+    if order.nodes > 1:
+        others = _OTHERS.format(count=order.nodes - 1, nodes=order.nodes, given=given)
     return _RAY.format(
         port=_PORT,
         end=_END,
@@ -202,13 +224,28 @@ def _ray(order: Order) -> str:
     )
 
 
+def _evenly(order: Order) -> Order:
+    """The order on as few nodes as torchrun can use, which starts as many ranks on each."""
+
+    def divide(nodes: int) -> bool:
+        local, rest = divmod(order.ranks, nodes)
+        return not rest and not any(local % group for group in order.groups.values())
+
+    fitting = [n for n in range(order.nodes, order.ranks + 1) if divide(n)]
+    if fitting and fitting[0] <= max(order.nodes, order.most_nodes):
+        return replace(order, nodes=fitting[0])
+    local, rest = divmod(order.ranks, order.nodes)
+    what = f"torchrun starts as many ranks on each node, and {order.ranks} ranks do not divide "
+    what += f"into {order.nodes} nodes"
+    if not rest:
+        path, group = next(item for item in order.groups.items() if local % item[1])
+        what = f"{path}: groups of {group} ranks (tensor x context) stay on one node, and torchrun "
+        what += f"puts {local} on each of {order.nodes} nodes"
+    more = f"--nodes {fitting[0]}, " if fitting else ""
+    raise RunError(what, f"{more}other ranks, or leave out --no-ray")
+
+
 def _torchrun(order: Order) -> str:
-    if order.ranks % order.nodes:
-        raise RunError(
-            f"torchrun starts as many ranks on each node, and {order.ranks} ranks do not divide "
-            f"into {order.nodes} nodes",
-            "other ranks, other --nodes, or leave out --no-ray",
-        )
     lines = [
         f'{name}="$(cat {shlex.quote(path)})"\nexport {name}\n'
         for name, path in order.secrets.items()

@@ -1,5 +1,6 @@
 """The same verbs for runs of this machine: recorded when they start, stopped by their id."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from longspan.trainer.observe.events import EventLog
 from longspan.trainer.run_directory import RunDirectory
 from support.recorded import leave_run, step_event
 
+IO = Path("/proc/self/io")
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -224,14 +226,12 @@ def test_runs_whose_folder_is_gone_are_counted(longspan, tmp_path):
     assert "does not exist" in longspan("status", "old-1")[2]
 
 
-def test_a_list_of_a_hundred_runs_needs_neither_torch_nor_ray(tmp_path):
-    registry = Registry()
-    for number in range(100):
-        directory = leave_run(tmp_path / f"run-{number}", 3)
-        registry.write(Record(f"run-{number}", "short", float(number), str(directory.path)))
+def test_a_list_needs_neither_torch_nor_ray(tmp_path):
+    for number in range(3):
+        known(leave_run(tmp_path / f"run-{number}"), f"run-{number}")
     program = (
         "import sys\nfrom longspan import cli\n"
-        "for verb in (['status'], ['status', 'run-7'], ['runs'], ['logs', 'run-7'],"
+        "for verb in (['status'], ['status', 'run-1'], ['runs'], ['logs', 'run-1'],"
         " ['submit', '-h']):\n"
         "    sys.argv = ['longspan', *verb]\n"
         "    try:\n        cli.main()\n    except SystemExit as end:\n        assert not end.code\n"
@@ -243,4 +243,28 @@ def test_a_list_of_a_hundred_runs_needs_neither_torch_nor_ray(tmp_path):
     assert done.returncode == 0, done.stderr
     *lines, heavy = done.stdout.splitlines()
     assert heavy == "heavy: []"
-    assert sum(line.startswith("run-") and " stopped " in line for line in lines) == 200
+    assert sum(line.startswith("run-") and " stopped " in line for line in lines) == 6
+
+
+@pytest.mark.skipif(not IO.exists(), reason="the system does not say what a process has read")
+def test_a_list_reads_the_ends_of_long_events_only(longspan, tmp_path):
+    runs, size = 20, 4 * 2**20
+    for number in range(runs):
+        directory = leave_run(tmp_path / f"run-{number}", 0, None)
+        os.truncate(directory.events, size)  # grows by a hole
+        log = EventLog(directory.events, 1)
+        log.write("step", **step_event(number, 50))
+        log.write("ended", code=75, how="stopped")
+        log.close()
+        known(directory, f"run-{number}")
+    longspan("runs")  # what it imports is read as well
+    before = read_bytes()
+    code, out, _ = longspan("runs")
+    read = read_bytes() - before
+    assert code == 0 and all(f"{number}/50" in out for number in range(1, runs))
+    assert runs * 2**10 < read < runs * size / 10
+
+
+def read_bytes() -> int:
+    """What this process has read up to now."""
+    return int(IO.read_text().split("rchar: ")[1].split()[0])

@@ -2,13 +2,16 @@
 
 import json
 import shlex
+import socket
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from longspan.cluster import output, standing, stop
+from longspan.cluster import listing, output, standing, stop
 from longspan.cluster.jobs import Job, Jobs
-from longspan.cluster.registry import Registry
+from longspan.cluster.registry import Record, Registry
 from longspan.cluster.standing import merged
 from longspan.recipes.loading import load_recipe
 from longspan.trainer.observe.events import EventLog
@@ -295,14 +298,45 @@ def test_runs_of_all_places_in_one_list(longspan, dashboard, folder, mine, tmp_p
     assert {value["state"] for value in values} == {"running", "stopped"}
 
 
-def test_a_list_asks_each_cluster_once_and_does_not_wait_for_a_slow_one(
-    longspan, dashboard, mine, monkeypatch
-):
+def test_a_list_asks_each_cluster_once(longspan, dashboard, mine):
     assert longspan("submit", "smoke", "--run-id", "other")[0] == 0
     dashboard.requests.clear()
     assert longspan("runs")[0] == 0
     assert [request.path for request in dashboard.requests] == ["/api/jobs/"]
-    assert standing._LIST_TIMEOUT_S < 2
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_cluster_that_is_silent_or_drips_is_left_out(
+    longspan, dashboard, clusters, folder, monkeypatch, drips
+):
+    """Every byte would let a socket wait anew."""
+    folder(3)
+    monkeypatch.setattr(standing, "_LIST_S", 0.3)
+    monkeypatch.setattr(listing, "_PATIENCE_S", 0.3)
+    over = threading.Event()
+
+    def answer():
+        with suppress(OSError):
+            while not over.is_set():
+                connection = server.accept()[0]
+                while drips and not over.wait(0.05):
+                    connection.sendall(b"H")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        here = leave_run(Path("here"), 3)
+        Registry().write(Record("here", "short", 0.0, str(here.path)))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        clusters(lab={"address": address, "storage": "/shared/longspan"})
+        said = {verb: longspan(verb, *more) for verb, *more in (["runs"], ["status", "mine"])}
+        over.set()
+    code, out, _ = said["runs"]
+    rows = {line.split()[1]: line.split()[2] for line in out.splitlines()[1:3]}
+    assert (code, rows) == (0, {"lab": "stopped", "here": "stopped"})
+    assert "note: mine: cluster lab" in out and "gave no answer in 0.3 s\n" in out
+    code, out, _ = said["status"]
+    assert code == 0 and out.startswith("mine: stopped, and saved\n") and "step 3 of 8" in out
+    assert "gave no answer in 0.3 s\n" in out
 
 
 def test_checkpoints_are_looked_after_by_the_id(longspan, folder):

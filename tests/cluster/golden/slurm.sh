@@ -44,6 +44,7 @@ export HEAD_IP
 
 # The token lies in a folder of yours and goes with the job; the dashboard stays on loopback.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/token" RAY_USAGE_STATS_ENABLED=0
+unset RAY_AUTH_TOKEN RAY_ADDRESS
 python3 -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
 export LONGSPAN_HOME="$WORK/home" LONGSPAN_CLUSTERS="$WORK/clusters.yaml"
 sed "s/@PORT@/$((PORT + 1))/; s|@WORK@|$WORK|" > "$LONGSPAN_CLUSTERS" << 'END_OF_FILE'
@@ -77,20 +78,36 @@ srun --overlap --nodes=1 --ntasks=1 --exclude="$head" \
   ray start --address="$HEAD_IP:$PORT" \
   --dashboard-agent-listen-port=$((PORT + 2)) --num-gpus=8 --num-cpus=96 --block &
 pids+=($!)
+nodes_up() {
+  { ray list nodes --address="http://127.0.0.1:$((PORT + 1))" --filter=state=ALIVE \
+    --limit=10000 --format=json || true; } 2> /dev/null |
+    { grep -o '"node_id"' || true; } | wc -l
+}
+# A run takes the nodes that it finds: for some minutes all of them are waited for.
+for _ in $(seq 60); do
+  up=$(nodes_up)
+  if [[ $up -ge 2 ]]; then break; fi
+  kill -0 "${pids[1]}" 2> /dev/null || break
+  sleep 3
+done
+if [[ $up -lt 2 ]]; then
+  echo "warning: $up of 2 nodes have joined; the run begins when those are enough" >&2
+fi
 
-longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"
 asked=0
 stop() {
   asked=1
   longspan stop "$RUN_ID" || true
 }
 trap stop TERM
+longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"
 longspan logs -f "$RUN_ID" &
 worker=$!
 code=0
 wait "$worker" || code=$?
 if [[ $asked == 1 ]]; then
-  # The signal ended the wait, not what was waited for.
+  # A signal ends the wait, not what is waited for.
+  while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
   if [[ $code != 0 ]]; then

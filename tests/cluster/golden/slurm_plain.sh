@@ -43,6 +43,7 @@ export HEAD_IP
 
 # The token lies in a folder of yours and goes with the job; the dashboard stays on loopback.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/token" RAY_USAGE_STATS_ENABLED=0
+unset RAY_AUTH_TOKEN RAY_ADDRESS
 python3 -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
 export LONGSPAN_HOME="$WORK/home" LONGSPAN_CLUSTERS="$WORK/clusters.yaml"
 sed "s/@PORT@/$((PORT + 1))/; s|@WORK@|$WORK|" > "$LONGSPAN_CLUSTERS" << 'END_OF_FILE'
@@ -70,19 +71,20 @@ for _ in $(seq 120); do
   sleep 1
 done
 
-longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"
 asked=0
 stop() {
   asked=1
   longspan stop "$RUN_ID" || true
 }
 trap stop TERM
+longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"
 longspan logs -f "$RUN_ID" &
 worker=$!
 code=0
 wait "$worker" || code=$?
 if [[ $asked == 1 ]]; then
-  # The signal ended the wait, not what was waited for.
+  # A signal ends the wait, not what is waited for.
+  while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
   if [[ $code != 0 ]]; then

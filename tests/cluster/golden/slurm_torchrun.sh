@@ -66,7 +66,8 @@ worker=$!
 code=0
 wait "$worker" || code=$?
 if [[ $asked == 1 ]]; then
-  # The signal ended the wait, not what was waited for.
+  # A signal ends the wait, not what is waited for.
+  while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
   if [[ $code != 0 ]]; then
