@@ -15,7 +15,7 @@ from ..trainer.devices import Machine
 from ..trainer.gang_sizes import gang_sizes
 from ..trainer.plan import run_ranks
 from .clusters import Cluster
-from .placement import unit_of
+from .placement import split_groups, unit_of
 from .shape import Shape
 
 _UNSEEN = re.compile(r"(?:stages\.\d+|defaults)\.data\.sources\b|tokenizer\.path$")
@@ -50,6 +50,8 @@ def fit(recipe: Recipe, cluster: Cluster, shape: Shape) -> Fit:
     ranks = run_ranks(recipe, shape.gpus)
     unit = unit_of(recipe, max(shape.slots or (ranks,)))
     problems, warnings = _room(recipe, ranks, unit, cluster, shape)
+    if split := split_groups(recipe, unit):
+        warnings.append(f"parallel: {split}")
     problems += _relative(recipe)
     known = {problem.path for problem in problems}
     for problem in _check(recipe, ranks, shape, warnings):
