@@ -17,14 +17,15 @@ _LEAST_S = 10.0
 """With less there is no telling a network that does not work from a node that is slow."""
 
 
-def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
+def measure(crew: Crew, nodes: Sequence[Node], known: Sequence[Node] = ()) -> list[Result]:
     """What an all-reduce carries inside of nodes, and between those where that works.
 
     Args:
         crew: Asks the nodes.
         nodes: Those that are fit so far.
+        known: Those that measured before and are only there for the others, which are judged.
     """
-    gpu = any(node.gpus for node in nodes)
+    gpu = any(node.gpus for node in (*known, *nodes))
     able = [node for node in nodes if node.gpus or not gpu]
     if crew.left(_LIMIT_S) < _LEAST_S:
         return [_unmeasured(node) for node in able]
@@ -35,8 +36,12 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
     bad = {result.node for result in results if result.level == "fail"}
     present = {node.name for node in crew.present}
     able = [node for node in able if node.name in present - bad]
+    if not able:
+        return results
+    judged = {node.name for node in able}
+    able = [*(node for node in known if node.gpus or not gpu), *able]
     if len(able) > 1 and crew.left(_LIMIT_S) < _LEAST_S:
-        results += map(_unmeasured, able)
+        results += [_unmeasured(node) for node in able if node.name in judged]
     elif len(able) > 1:
         answers = _run(crew, [able])
         failed = any("error" in found for found in answers.values())
@@ -46,6 +51,7 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
             pairs = _run(crew, _pairs([node for node in able if node.name in answers]))
             if any("error" in found for found in pairs.values()):
                 answers = pairs
+        answers = {name: found for name, found in answers.items() if name in judged}
         results += bandwidth.judge("between", answers, gpu)
     return results
 

@@ -16,7 +16,6 @@ from longspan.cluster.preflight import (
     dashboard,
     devices,
     disk,
-    groups,
     network,
     storage,
     versions,
@@ -301,65 +300,15 @@ def test_nodes_that_failed_are_left_out_and_warnings_are_not():
 def test_a_report_is_a_file(tmp_path):
     found = report(node(2))
     found.write(tmp_path)
-    written = json.loads((tmp_path / "preflight.json").read_text())
+    (written,) = json.loads((tmp_path / "preflight.json").read_text())["looks"]
     assert written["healthy"] == [node(1).id, node(3).id]
     assert written["results"][-1]["level"] == "fail"
+    report(nodes=(node(4),)).write(tmp_path)  # of a node that came later
+    looks = json.loads((tmp_path / "preflight.json").read_text())["looks"]
+    assert looks[0] == written and looks[1]["healthy"] == [node(4).id]
+    assert looks[0]["time"] <= looks[1]["time"]
+    (tmp_path / "preflight.json").write_text("{torn")
+    found.write(tmp_path)
+    assert len(json.loads((tmp_path / "preflight.json").read_text())["looks"]) == 1
     with pytest.raises(RunError, match="cannot be written"):
         found.write(tmp_path / "nowhere")
-
-
-class _Crew:
-    """Answers for nodes, some of which spoil every group that they are in."""
-
-    def __init__(self, nodes, spoilers, left=60.0):
-        self.present, self._spoilers, self._left = list(nodes), spoilers, left
-        self.groups = []
-
-    def left(self, most_s):
-        return min(most_s, self._left)
-
-    def ask(self, method, arguments, limit_s):
-        if method == "port":
-            return {name: ("127.0.0.1", number) for number, name in enumerate(arguments)}
-        groups = {}
-        for name, (group, _) in arguments.items():
-            groups.setdefault(group.port, []).append((name, group))
-        self.groups = [[name for name, _ in members] for members in groups.values()]
-        for members in groups.values():
-            assert [group.first for _, group in members] == list(
-                range(0, members[0][1].world, members[0][1].local)
-            )
-        spoilt = {name: set(names) & self._spoilers for names in self.groups for name in names}
-        return {
-            name: {"error": "timed out"} if spoilt[name] else {"bytes_per_s": 1e12}
-            for name in arguments
-        }
-
-
-def failed_in(crew):
-    return [r.node for r in groups.measure(crew, crew.present) if r.level == "fail"]
-
-
-def test_pairs_tell_which_node_spoils_the_group():
-    nodes = [node(number) for number in range(1, 6)]
-    assert failed_in(_Crew(nodes, set())) == []
-    crew = _Crew(nodes, {nodes[1].name})
-    assert failed_in(crew) == [nodes[0].name, nodes[1].name]
-    assert [len(names) for names in crew.groups] == [2, 3]
-    assert failed_in(_Crew(nodes[:2], {nodes[1].name})) == [nodes[0].name, nodes[1].name]
-
-
-def test_gpus_of_a_node_measure_alone_first_and_nodes_without_any_do_not():
-    nodes = [node(1, gpus=8), node(2, gpus=8), node(3)]
-    found = groups.measure(_Crew(nodes, set()), nodes)
-    assert [(r.node, r.check) for r in found] == [
-        (nodes[0].name, "bandwidth inside"), (nodes[1].name, "bandwidth inside"),
-        (nodes[0].name, "bandwidth between"), (nodes[1].name, "bandwidth between"),
-    ]  # fmt: skip
-    assert failed_in(_Crew(nodes, {nodes[0].name})) == [nodes[0].name]
-
-
-def test_without_time_nothing_is_measured_and_nobody_is_blamed():
-    nodes = [node(1), node(2)]
-    found = groups.measure(_Crew(nodes, set(), left=3.0), nodes)
-    assert [result.level for result in found] == ["warn", "warn"]
