@@ -42,7 +42,7 @@ from ..trainer.observe.summary import render_complete
 from ..trainer.observe.wandb_account import check_tracking
 from ..trainer.run_directory import RunDirectory, create_or_open
 from ..trainer.settings import RunSettings
-from .budgets import Budgets
+from .budgets import Budgets, Cause
 from .causes import Verdict
 from .connection import connect
 from .crews import Crews
@@ -163,24 +163,24 @@ class Driver:
                     ended(directory.events, attempt, error.exit_code)
                     raise
                 ended(directory.events, attempt, verdict.code, verdict.failure)
-                if verdict.cause not in ("infrastructure", "preemption"):
+                if (cause := verdict.cause) not in ("infrastructure", "preemption"):
                     return verdict
                 crews.learn(verdict)
                 if self._signals:
                     return Verdict("stopped", STOPPED, verdict.failure)
-                if not self._goes_on(verdict):
+                if not self._goes_on(cause, verdict):
                     return verdict
                 _wait_for_ranks(directory)
         finally:
             crews.settle()
 
-    def _goes_on(self, verdict: Verdict) -> bool:
+    def _goes_on(self, cause: Cause, verdict: Verdict) -> bool:
         """Whether a new start is left for what ended a gang; either way it is told."""
-        if not self._budgets.spend(verdict.cause):
-            self._voice.complain(f"no new start is left (recovery.retries.{verdict.cause})")
+        if not self._budgets.spend(cause):
+            self._voice.complain(f"no new start is left (recovery.retries.{cause})")
             return False
         words = "" if verdict.failure is None else verdict.failure.message
-        self._voice.say(f"{words}: {self._budgets.words(verdict.cause)}")
+        self._voice.say(f"{words}: {self._budgets.words(cause)}")
         return True
 
     def _attempt(
