@@ -47,7 +47,7 @@ def main() -> int:
         disk = _disk(folder, stack) if FULL_DISK in args.kinds else None
         kinds = tuple(kind for kind in args.kinds if kind != FULL_DISK or disk is not None)
         plan = Plan(args.faults, kinds, args.every, args.apart, args.seed,
-                    args.floor, args.first, args.interval)  # fmt: skip
+                    args.least, args.first, args.interval)  # fmt: skip
         cluster = LocalCluster(nodes=args.nodes)
         stack.callback(cluster.close)
         reference = trained_here(plan.settings(folder / "texts"), folder / "reference")
@@ -66,7 +66,7 @@ def main() -> int:
         "nodes": args.nodes,
         "every": args.every,
         "steps": plan.steps,
-        "limits_s": {"floor": args.floor, "first": args.first, "interval": args.interval},
+        "limits_s": {"least": args.least, "first": args.first, "interval": args.interval},
         "left_out": sorted(set(args.kinds) - set(kinds)),
         **found,
         "minutes": round((time.monotonic() - begun) / 60, 1),
@@ -88,8 +88,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--apart", type=int, default=60, help="steps between faults, in the mean")
     parser.add_argument("--starts", type=int, default=3, help="cold starts to compare with")
-    parser.add_argument("--floor", type=float, default=5.0, help="seconds, as of the driver")
-    parser.add_argument("--first", type=float, default=60.0, help="seconds, as of the driver")
+    parser.add_argument("--least", type=float, default=5.0, help="seconds: recovery.hang.least")
+    parser.add_argument("--first", type=float, default=60.0, help="seconds: recovery.hang.first")
     parser.add_argument("--interval", type=float, default=0.5, help="seconds, as of the driver")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)

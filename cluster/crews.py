@@ -14,12 +14,16 @@ from ..trainer.run_directory import RunDirectory
 from ..trainer.settings import RunSettings
 from .causes import Verdict
 from .gang import Crew
-from .nodes import Node, alive_nodes, free_slots, has_gone
+from .growth import Growth
+from .nodes import Device, Node, alive_nodes, free_slots, has_gone
 from .placement import place, unit_of
 from .voice import Voice
 
 _POLL_S = 1.0
 _STRIKES = 2
+_BESIDE = 8
+"""Known nodes that new ones meet: enough to tell who is cut off, and few enough to be quick."""
+
 _LASTING = ("lost", "taken")
 """What keeps a node out of the run's later launches, too; the others may have been mended."""
 
@@ -32,7 +36,10 @@ class Crews:
         directory: Its folder, where exclusions are kept.
         voice: What the user hears.
         consent: The level of exactness that this launch may fall to.
-        preflight: Looks at new nodes and says what is wrong, by id; None: they are taken as fit.
+        preflight: Looks at new nodes, which meet known ones that are free (the second argument),
+            and says what is wrong, by id; None: they are taken as fit.
+        device: What every rank is to have; None: GPUs if any are up, else cores.
+        planned: Ranks to wait for, where the run says none; None: a rank for each GPU that is up.
     """
 
     def __init__(
@@ -41,7 +48,9 @@ class Crews:
         directory: RunDirectory,
         voice: Voice,
         consent: Level | None,
-        preflight: Callable[[Sequence[Node]], Mapping[str, str]] | None = None,
+        preflight: Callable[[Sequence[Node], Sequence[Node]], Mapping[str, str]] | None = None,
+        device: Device | None = None,
+        planned: int | None = None,
     ) -> None:
         self._preflight, self._known = preflight, set[str]()
         self._run, self._directory, self._voice, self._consent = run, directory, voice, consent
@@ -58,44 +67,80 @@ class Crews:
         self._names: dict[str, str] = {}
         self._ranks: int | None = None
         """Of the first attempt."""
-        self._gpu = False
+        self._device: Device | None = device
+        self._planned = planned
+        self._growth = Growth()
 
-    def next(self, wait: float, asked: Callable[[], bool]) -> Crew | None:
+    def next(self, asked: Callable[[], bool]) -> Crew | None:
         """Nodes for the next attempt, as soon as there are enough; None once asked to stop.
 
+        They are waited for as long as `recovery.wait` says; then fewer ranks may have to do. A
+        cluster that grows is asked for what is missing, until `settle`.
+
         Args:
-            wait: Seconds to wait for nodes that are not there; then fewer ranks may have to do.
             asked: Whether the driver was asked to stop.
 
         Raises:
             RunError: There are too few.
         """
+        wait = self._run.recovery.wait
         deadline, told = time.monotonic() + wait, False
         while not asked():
             found = self._found()
-            self._inspect(found)
             late = time.monotonic() > deadline
-            crew = self._crew(found, smaller=late or self._fewer)
+            smaller = late or self._fewer
+            crew = self._crew(found, smaller=smaller)
+            # Nodes that join one by one are looked at together, once they would be enough.
+            if (crew is not None or late) and self._inspect(found):
+                crew = self._crew(found, smaller=smaller)
             if crew is not None:
                 self._fewer = late or self._fewer
+                self._ranks = self._ranks or len(crew.places)
                 return crew
             if late:
                 raise self._too_few(found)
             if not told:
                 told = True
-                self._voice.say(f"waiting for nodes, {wait:.0f} s at most: {self._state(found)}")
+                self._growth.ask(self._wish(found))
+                most = f"{wait:g} s at most (recovery.wait)"
+                self._voice.say(f"waiting for nodes, {most}: {self._state(found)}")
             time.sleep(_POLL_S)
         return None
 
-    def _inspect(self, found: dict[str, Node]) -> None:
-        """Look at the nodes that no rank was on yet."""
+    def settle(self) -> None:
+        """Nothing is waited for any more: the gang has its nodes, or there will be none."""
+        self._growth.take_back()
+
+    def _inspect(self, found: dict[str, Node]) -> bool:
+        """Look at the nodes that no rank was on yet; whether one of them is left out for it."""
         new = [node for id, node in found.items() if id not in self._known | self._excluded.keys()]
+        old = [node for node in found.values() if node not in new]
         self._known |= {node.id for node in new}
         new = [node for node in new if node.slots(self._on_gpus(found))]
         if self._preflight is None or not new:
-            return
-        for node, reason in self._preflight(new).items():
+            return False
+        problems = self._preflight(new, self._beside(found, old))
+        for node, reason in problems.items():
             self._exclude(node, "preflight", f"failed preflight: {reason}")
+        return bool(problems)
+
+    def _beside(self, found: dict[str, Node], nodes: Sequence[Node]) -> list[Node]:
+        """Some of the nodes that are known to be fit and that nobody works on."""
+        gpu = self._on_gpus(found)
+        free = self._slots(found, gpu)
+        idle = [node for node in nodes if node.slots(gpu) and free.get(node.id) == node.slots(gpu)]
+        # A node that had a part in a failure may spoil what others measure with it.
+        return [node for node in idle if node.id not in self._strikes][:_BESIDE]
+
+    def _wish(self, found: dict[str, Node]) -> list[dict[str, int]]:
+        """What has to have room at once: the gang, and beside it what others use or is left out."""
+        gpu = self._on_gpus(found)
+        free = self._slots(found, gpu)
+        unit = unit_of(self._run, self._most(found, gpu))
+        sizes = [unit] * -(-self._wanted // unit)
+        taken = (node.slots(gpu) - free.get(id, 0) for id, node in found.items())
+        sizes += [size for size in taken if size]
+        return [{"CPU": size} | ({"GPU": size} if gpu else {}) for size in sizes]
 
     def learn(self, verdict: Verdict) -> None:
         """Nodes that are lost or about to be stay out.
@@ -135,18 +180,30 @@ class Crews:
         gpu = self._on_gpus(found)
         slots = self._slots(found, gpu)
         rested = {id: n for id, n in slots.items() if self._strikes.get(id, 0) < _STRIKES}
-        unit = unit_of(self._run, max(slots.values(), default=0))
+        # A node that others use in part comes free: groups are not split at once for it.
+        most = max(slots.values(), default=0) if smaller else self._most(found, gpu)
+        unit = unit_of(self._run, most)
         for ranks in self._sizes(slots, gpu, smaller=smaller):
             places = place(rested, ranks, unit) or place(slots, ranks, unit)
             if places:
-                self._ranks = self._ranks or ranks
                 return Crew(places, {id: found[id] for id in places}, gpu, unit)
         return None
 
     def _on_gpus(self, found: dict[str, Node]) -> bool:
         """Whether ranks compute on GPUs; a run that has does not change to cores."""
-        self._gpu = self._gpu or any(node.gpus for node in found.values())
-        return self._gpu
+        if self._device is None and any(node.gpus for node in found.values()):
+            self._device = "gpu"
+        return self._device == "gpu"
+
+    @property
+    def _wanted(self) -> int:
+        """Ranks."""
+        return self._run.ranks or self._ranks or self._planned or run_ranks(self._run, 0)
+
+    def _most(self, found: dict[str, Node], gpu: bool) -> int:
+        """Ranks that the largest node takes, of those that are not left out."""
+        fit = [node.slots(gpu) for id, node in found.items() if id not in self._excluded]
+        return max(fit, default=0)
 
     def _slots(self, found: dict[str, Node], gpu: bool) -> dict[str, int]:
         """Ranks that each node takes now, of those that are not left out."""
@@ -163,7 +220,10 @@ class Crews:
             return (self._ranks,)
         if not gpu:
             return (run_ranks(self._run, 0),)
-        return tuple(n for n in range(sum(slots.values()), 0, -1) if fits(self._run, n))
+        if self._planned is not None and not smaller:
+            return (self._planned,)
+        most = min(sum(slots.values()), self._planned or sum(slots.values()))
+        return tuple(n for n in range(most, 0, -1) if fits(self._run, n))
 
     def _may_change(self) -> bool:
         """Whether the run may go on with another number of ranks, which is E1 at most."""
@@ -181,7 +241,7 @@ class Crews:
         gpu = self._on_gpus(found)
         free = sum(self._slots(found, gpu).values())
         kind = "GPUs" if gpu else "cores"
-        wanted = self._run.ranks or self._ranks or run_ranks(self._run, 0)
+        wanted = self._wanted
         least = f", {least} at least" if (least := self._run.ranks_at_least) else ""
         text = f"the run wants {wanted} ranks{least}, the nodes have {free} free {kind}"
         names = [f"{self._names.get(id, id[:8])} {why}" for id, why in self._excluded.items()]
@@ -197,5 +257,6 @@ class Crews:
                     "let the run go on with fewer ranks, which is not bit-exact: "
                     "resume with --exactness E1"
                 )
+        wait = f"{self._run.recovery.wait:g} s (recovery.wait)"
         fix = f"add nodes{mend} and resume, or {otherwise}"
-        return RunError(f"too few nodes: {self._state(found)}", fix)
+        return RunError(f"too few nodes after {wait}: {self._state(found)}", fix)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import logging
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,12 +43,15 @@ from ..trainer.observe.summary import render_complete
 from ..trainer.observe.wandb_account import check_tracking
 from ..trainer.run_directory import RunDirectory, create_or_open
 from ..trainer.settings import RunSettings
-from .budgets import Budgets
+from .budgets import Budgets, Cause
 from .causes import Verdict
+from .connection import connect
 from .crews import Crews
 from .gang import ENVIRONMENT, Crew, Gang
+from .limits import known_limits
 from .node_secrets import take_secrets
-from .nodes import Node
+from .nodes import Device, Node
+from .placement import group_of, split_groups
 from .preflight.preflight import preflight
 from .rank import RANKS_LOCK, Task
 from .recovery import recovery_line
@@ -60,7 +63,6 @@ _RANKS_END_S = 120.0
 
 _POLL_S = 0.1
 _ANSWER_S = 120.0
-_CONNECT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ class Options:
         from_step: Of the checkpoint to go on from; None: the newest.
         secrets: Files on the nodes, by the name of the variable that gets their content.
         interface: Of the network between the nodes.
-        wait: Seconds to wait for nodes.
+        device: What every rank is to have, as it was decided at submission; None: GPUs if any are
+            up, else cores.
+        ranks: Of the run as they were counted at submission, where its recipe says none.
         interval: Seconds between two reports of a node.
-        floor: Seconds that anything may take before it is a hang.
-        first: Seconds that something may take of which nothing is known yet.
         preflight: Whether nodes are looked at before they are used.
     """
 
@@ -89,10 +91,9 @@ class Options:
     from_step: int | None = None
     secrets: tuple[tuple[str, str], ...] = ()
     interface: str | None = None
-    wait: float = 300.0
+    device: Device | None = None
+    ranks: int | None = None
     interval: float = 2.0
-    floor: float = 300.0
-    first: float = 7200.0
     preflight: bool = True
 
 
@@ -143,48 +144,69 @@ class Driver:
 
     def _attempts(self, directory: RunDirectory, store: Store) -> Verdict:
         """One gang after the other until no other can help."""
-        look = (lambda nodes: self._look_at(directory, nodes)) if self._options.preflight else None
-        crews = Crews(self._run, directory, self._voice, self._options.exactness, look)
+        look = partial(self._look_at, directory) if self._options.preflight else None
+        crews = Crews(
+            self._run, directory, self._voice, self._options.exactness, look,
+            device=self._options.device, planned=self._options.ranks,
+        )  # fmt: skip
         watch = None
-        while True:
-            attempt = queued(directory.events)
-            try:
-                crew = crews.next(self._options.wait, lambda: self._signals > 0)
-                if crew is None:
-                    ended(directory.events, attempt, STOPPED)
-                    return Verdict("stopped", STOPPED)
-                watch = self._begin(watch, attempt, crew)
-                self._announce(directory, store, attempt, crew)
-                verdict = self._attempt(directory, attempt, crew, watch)
-            except LongspanError as error:
-                ended(directory.events, attempt, error.exit_code)
-                raise
-            ended(directory.events, attempt, verdict.code, verdict.failure)
-            if verdict.cause not in ("infrastructure", "preemption"):
-                return verdict
-            crews.learn(verdict)
-            words = "" if verdict.failure is None else verdict.failure.message
-            if self._signals:
-                return Verdict("stopped", STOPPED, verdict.failure)
-            if not self._budgets.spend(verdict.cause):
-                self._voice.complain(f"no new start is left (recovery.retries.{verdict.cause})")
-                return verdict
-            self._voice.say(f"{words}: {self._budgets.words(verdict.cause)}")
-            _wait_for_ranks(directory)
+        try:
+            while True:
+                attempt = queued(directory.events)
+                try:
+                    crew = crews.next(lambda: self._signals > 0)
+                    if crew is None:
+                        ended(directory.events, attempt, STOPPED)
+                        return Verdict("stopped", STOPPED)
+                    watch = self._begin(watch, attempt, crew)
+                    self._announce(directory, store, attempt, crew)
+                    verdict = self._attempt(directory, attempt, crew, watch, crews.settle)
+                except LongspanError as error:
+                    ended(directory.events, attempt, error.exit_code)
+                    raise
+                ended(directory.events, attempt, verdict.code, verdict.failure)
+                if (cause := verdict.cause) not in ("infrastructure", "preemption"):
+                    return verdict
+                crews.learn(verdict)
+                if self._signals:
+                    return Verdict("stopped", STOPPED, verdict.failure)
+                if not self._goes_on(cause, verdict):
+                    return verdict
+                _wait_for_ranks(directory)
+        finally:
+            crews.settle()
 
-    def _attempt(self, directory: RunDirectory, attempt: int, crew: Crew, watch: Any) -> Verdict:
+    def _goes_on(self, cause: Cause, verdict: Verdict) -> bool:
+        """Whether a new start is left for what ended a gang; either way it is told."""
+        if not self._budgets.spend(cause):
+            self._voice.complain(f"no new start is left (recovery.retries.{cause})")
+            return False
+        words = "" if verdict.failure is None else verdict.failure.message
+        self._voice.say(f"{words}: {self._budgets.words(cause)}")
+        return True
+
+    def _attempt(
+        self,
+        directory: RunDirectory,
+        attempt: int,
+        crew: Crew,
+        watch: Any,
+        joined: Callable[[], None],
+    ) -> Verdict:
         """One gang, from its start to its end."""
         clear_failures(directory.path)
         launched(directory.events, attempt, ranks=len(crew.places), nodes=list(crew.nodes))
-        task = self._task(directory, attempt, watch)
-        return Gang(directory, task, crew, self._voice, lambda: self._signals).run()
+        task = self._task(directory, attempt, watch, len(crew.places))
+        return Gang(directory, task, crew, self._voice, lambda: self._signals, joined).run()
 
-    def _look_at(self, directory: RunDirectory, nodes: Sequence[Node]) -> dict[str, str]:
-        """What is wrong with nodes, by id."""
+    def _look_at(
+        self, directory: RunDirectory, nodes: Sequence[Node], beside: Sequence[Node]
+    ) -> dict[str, str]:
+        """What is wrong with nodes, by id; they meet those beside them."""
         log = EventLog(directory.events, newest_attempt(directory.events))
         report = preflight(
             nodes, self._run, directory.path,
-            interface=self._options.interface, log=log, like=self._versions,
+            beside=beside, interface=self._options.interface, log=log, like=self._versions,
         )  # fmt: skip
         self._versions = report.versions
         log.close()
@@ -196,6 +218,8 @@ class Driver:
         ranks, nodes, wanted = len(crew.places), len(crew.nodes), self._run.ranks
         if wanted is not None and ranks < wanted:
             self._voice.say(f"{ranks} of {wanted} ranks have to do: exactness {described('E1')}")
+        if split := split_groups(self._run, crew.unit):
+            self._voice.say(f"warning: {split}")
         step = newest_step(store)
         where = f"from the checkpoint at step {step}" if step is not None else "from the beginning"
         self._voice.say(
@@ -203,16 +227,15 @@ class Driver:
             f"{nodes} node{'s' * (nodes > 1)}, {where}"
         )
 
-    def _task(self, directory: RunDirectory, attempt: int, watch: Any) -> Task:
-        options = self._options
+    def _task(self, directory: RunDirectory, attempt: int, watch: Any, ranks: int) -> Task:
+        options, recovery = self._options, self._run.recovery
         return Task(
             run_dir=str(directory.path),
             attempt=attempt,
             watch=watch,
             interval=options.interval,
-            floor=options.floor,
-            first=options.first,
-            grace=self._run.recovery.grace,
+            limits=known_limits(recovery.hang, directory.events, ranks),
+            grace=recovery.grace,
             secrets=dict(options.secrets),
             interface=options.interface,
             exactness=options.exactness,
@@ -226,7 +249,8 @@ class Driver:
         for known in (watch, None):
             try:
                 actor = known or self._new_watch()
-                begin = actor.begin.remote(attempt, len(crew.places), crew.unit)
+                group = group_of(self._run, crew.unit)
+                begin = actor.begin.remote(attempt, len(crew.places), crew.unit, group)
                 ray.get(begin, timeout=_ANSWER_S)
                 return actor
             except RayError as error:
@@ -293,40 +317,6 @@ def _wait_for_ranks(directory: RunDirectory) -> None:
             time.sleep(_POLL_S)
 
 
-def connect() -> None:
-    """Join the cluster of the environment, quietly.
-
-    Raises:
-        RunError: There is none, or it does not let this process in.
-    """
-    import ray
-
-    fix = "start the driver as a Ray job (`longspan submit`), or set RAY_ADDRESS"
-    address = os.environ.get("RAY_ADDRESS", "")
-    # Ray would ask there for ever.
-    if address.rpartition(":")[2].isdigit() and not _answers(address):
-        raise RunError(f"no Ray cluster answers at {address} within {_CONNECT_S:.0f} s", fix)
-    try:
-        # Its words come by the file that rank 0 writes, not by Ray.
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        line = str(error).strip().partition("\n")[0]
-        raise RunError(f"no Ray cluster could be joined: {line}", fix) from error
-
-
-def _answers(address: str) -> bool:
-    """Whether somebody listens at `host:port`; a head that starts is waited for."""
-    host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + _CONNECT_S
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
-                return True
-        except (OSError, OverflowError):
-            time.sleep(1.0)
-    return False
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of a Ray job; see `Options`.
 
@@ -379,8 +369,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, Path]:
     parser.add_argument("--secrets", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--interface")
     parser.add_argument("--no-preflight", dest="preflight", action="store_false")
-    for name in ("wait", "interval", "floor", "first"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(Options, name))
+    parser.add_argument("--device", choices=("gpu", "cpu"))
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--interval", type=float, default=Options.interval)
     given = vars(parser.parse_args(arguments))
     recipe = given.pop("recipe")
     secrets = [tuple(pair.partition("=")[::2]) for pair in given.pop("secrets")]

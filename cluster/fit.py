@@ -15,7 +15,7 @@ from ..trainer.devices import Machine
 from ..trainer.gang_sizes import gang_sizes
 from ..trainer.plan import run_ranks
 from .clusters import Cluster
-from .placement import unit_of
+from .placement import split_groups, unit_of
 from .shape import Shape
 from .tracking import tracking_warnings
 
@@ -51,6 +51,8 @@ def fit(recipe: Recipe, cluster: Cluster, shape: Shape) -> Fit:
     ranks = run_ranks(recipe, shape.gpus)
     unit = unit_of(recipe, max(shape.slots or (ranks,)))
     problems, warnings = _room(recipe, ranks, unit, cluster, shape)
+    if split := split_groups(recipe, unit):
+        warnings.append(f"parallel: {split}")
     problems += _relative(recipe)
     warnings += tracking_warnings(recipe.tracking, cluster.settings.secrets, cluster.name)
     known = {problem.path for problem in problems}

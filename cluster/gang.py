@@ -16,6 +16,7 @@ from ..trainer.failure import INTERRUPTED, Failure, read_failures, without_words
 from ..trainer.observe.events import EventLog
 from ..trainer.run_directory import RunDirectory
 from .causes import Evidence, Verdict, judge
+from .limits import EVENT as LONGEST
 from .nodes import Node, has_gone
 from .rank import Task, listen, work
 from .voice import Tail, Voice
@@ -34,7 +35,10 @@ _POLLING = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _POLLS_PER_S = 200
 _FOLLOW_S = 0.2
 _STORAGE = "ray-train"
-_LAST_WORDS_S = 5.0
+_NEWS_S = 5.0
+_LAST_WORDS_S = 10.0
+"""More than the watch gives those that are left when a rank failed."""
+
 _ENDING_S = 120.0
 _STARTING_S = 900.0
 
@@ -65,6 +69,7 @@ class Gang:
         crew: Who works.
         voice: What the user hears.
         asked: How often the driver was asked to stop.
+        joined: Called once all ranks are there.
     """
 
     def __init__(
@@ -74,11 +79,13 @@ class Gang:
         crew: Crew,
         voice: Voice,
         asked: Callable[[], int],
+        joined: Callable[[], None],
     ) -> None:
         import ray
 
         self._ray, self._directory, self._task, self._crew = ray, directory, task, crew
         self._voice, self._asked, self._stopped = voice, asked, False
+        self._joined: Callable[[], None] | None = joined
         self._error: BaseException | None = None
         self._news: News | None = None
         self._next_news = 0.0
@@ -110,6 +117,9 @@ class Gang:
             raise RunError(f"Ray has not {what}", "resume: a new driver begins afresh")
         self._hear(at_once=True)
         self._tail.follow()
+        if self._news is not None and self._news.longest:
+            ranks, longest = len(self._crew.places), dict(self._news.longest)
+            self._log.write(LONGEST, ranks=ranks, seconds=longest)
         verdict = judge(self._evidence(), self._describe)
         self._log.close()
         shutil.rmtree(self._directory.logs / _STORAGE, ignore_errors=True)
@@ -131,7 +141,7 @@ class Gang:
         return DataParallelTrainer(
             work,
             train_loop_config={"task": self._task},
-            backend_config=_backend(),
+            backend_config=_backend(self._task),
             scaling_config=ScalingConfig(
                 num_workers=len(places),
                 use_gpu=self._crew.gpu,
@@ -157,11 +167,14 @@ class Gang:
         self._next_news = now + self._task.interval
         with suppress(self._ray.exceptions.RayError):
             answer = self._task.watch.news.remote()
-            news: News = self._ray.get(answer, timeout=_LAST_WORDS_S)
+            news: News = self._ray.get(answer, timeout=_NEWS_S)
             self._news = news
             self._tell(news)
 
     def _tell(self, news: News) -> None:
+        if self._joined is not None and len(news.nodes) == len(self._crew.places):
+            self._joined()
+            self._joined = None
         for slow in news.stragglers:
             node = self._name(slow.node)
             self._log.write("straggler", rank=slow.rank, node=slow.node, name=node,
@@ -227,8 +240,11 @@ def _dead_workers(error: BaseException | None) -> dict[int, str]:
     return found
 
 
-def _backend() -> Any:
-    """What Ray Train sets up in its workers: nothing but their ears and their view of GPUs."""
+def _backend(task: Task) -> Any:
+    """What Ray Train sets up in its workers: nothing but their ears and their view of GPUs.
+
+    Before it ends them, ranks that are left when another one failed show where they are.
+    """
     from ray.train.backend import Backend, BackendConfig
 
     class _Ears(Backend):
@@ -236,6 +252,13 @@ def _backend() -> Any:
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             worker_group.execute(listen)
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            import ray
+
+            with suppress(Exception):  # without stacks, then
+                told = task.watch.last_words.remote(task.attempt)
+                ray.get(told, timeout=_LAST_WORDS_S)
 
     class _Config(BackendConfig):
         @property

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from typing import Literal
 
 _KNOCK_S = 3.0
+Device = Literal["gpu", "cpu"]
+"""What a rank has for itself: a GPU with a core, or a core."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ..trainer.failure import (
     INTERRUPTED,
     LAUNCHER_PID,
     STOPPED,
+    USER_ERROR,
     record_failure,
 )
 from ..trainer.heartbeat import HEARTBEAT
@@ -38,10 +39,11 @@ from ..trainer.redacted_log import RedactedLog
 from ..trainer.run_directory import RunDirectory
 from ..trainer.stopping import SAVE_SIGNAL
 from .interfaces import Interface, find_interface, variables
+from .limits import Limits
 from .node_secrets import take_secrets
 from .preflight.network import free_port
 from .stacks import dump, flight_recorder
-from .station import Station
+from .station import Station, process_state
 from .watch import Assignment, End, NodeReport, Order, Place
 
 _WORKER = (sys.executable, "-P", "-m", "longspan.trainer.worker")
@@ -52,6 +54,8 @@ _HERE = "127.0.0.1"
 _POLL_S = 0.1
 _ASK_S = 20.0
 _JOIN_S = 300.0
+_SHOW_S = 15.0
+_SHOW_OTHERS_S = 4.0
 _notice = threading.Event()
 
 
@@ -68,8 +72,7 @@ class Task:
         attempt: The number of the attempt.
         watch: The actor that knows all ranks.
         interval: Seconds between two reports of a node.
-        floor: Seconds that anything may take before it is a hang.
-        first: Seconds that something may take of which nothing is known yet.
+        limits: How long ranks may be at one thing before that is a hang.
         grace: Seconds to save in when ranks are asked to stop.
         secrets: Files on the nodes, by the name of the variable that gets their content.
         interface: Of the network between the nodes, as NCCL takes it; None: any.
@@ -81,8 +84,7 @@ class Task:
     attempt: int
     watch: Any
     interval: float
-    floor: float
-    first: float
+    limits: Limits
     grace: float
     secrets: Mapping[str, str] = field(default_factory=dict)
     interface: str | None = None
@@ -134,6 +136,8 @@ class Rank:
         self._node = ray.get_runtime_context().get_node_id()
         self._station: Station
         self._interface: Interface
+        self._first = False
+        """Whether it is the one that tells of its node."""
         self._report: Any = None
         self._next_report = 0.0
         self._dumped = False
@@ -146,25 +150,47 @@ class Rank:
     def run(self) -> int:
         """See `work`."""
         try:
+            code = self._work()
+            with suppress(Exception):
+                end = End(code, self._noticed, self._leaving)
+                sent = self._task.watch.ended.remote(self._task.attempt, self._rank, end)
+                self._ray.get(sent, timeout=_ASK_S)
+            began = self._log is not None
+            if began and code not in (COMPLETE, STOPPED, USER_ERROR, INTERRUPTED):
+                self._show_others()
+        finally:
+            if self._first:
+                self._station.close()
+        if code in (COMPLETE, STOPPED):
+            return code
+        raise RankEnded(f"rank {self._rank} ended with exit code {code}")
+
+    def _work(self) -> int:
+        """From joining to the end of the process; its exit code."""
+        try:
             self._station = Station(self._directory.path, self._task.attempt, self._node)
             given = self._join()
             if given.order in ("stop", "end"):
                 return STOPPED
             if given.problem:
                 raise RunError(
-                    f"{given.problem} of {self._ranks} ranks",
+                    f"a gang of {self._ranks} ranks cannot work: {given.problem}",
                     "give nodes with as many GPUs each, or lower stages.*.parallel",
                 )
-            code = self._mind(self._start(given), given.local_rank == 0)
+            self._first = given.local_rank == 0
+            return self._mind(self._start(given))
         except Exception as error:
-            code = record_failure(self._directory.path, self._rank, error)
-        with suppress(Exception):
-            end = End(code, self._noticed, self._leaving)
-            sent = self._task.watch.ended.remote(self._task.attempt, self._rank, end)
-            self._ray.get(sent, timeout=_ASK_S)
-        if code in (COMPLETE, STOPPED):
-            return code
-        raise RankEnded(f"rank {self._rank} ended with exit code {code}")
+            return record_failure(self._directory.path, self._rank, error)
+
+    def _show_others(self) -> None:
+        """Write where the other ranks of this node are, before the gang is ended for this one."""
+        pids = self._station.pids().items()
+        others = {rank: pid for rank, pid in pids
+                  if rank != self._rank and process_state(pid) not in ("", "Z")}  # fmt: skip
+        self._dump(others, _SHOW_OTHERS_S)
+
+    def _dump(self, pids: Mapping[int, int], limit_s: float) -> None:
+        dump(pids, self._directory.logs, self._station.folder, self._task.attempt, limit_s)
 
     def _join(self) -> Assignment:
         """Wait for all ranks."""
@@ -230,12 +256,12 @@ class Rank:
         known = take_secrets(task.secrets)
         return environment | known
 
-    def _mind(self, child: subprocess.Popen[bytes], first: bool) -> int:
+    def _mind(self, child: subprocess.Popen[bytes]) -> int:
         """Wait for the end of the process; meanwhile tell and follow orders."""
         try:
             while (code := child.poll()) is None:
                 order = self._station.order()
-                if first:
+                if self._first:
                     order = self._tell()
                 self._noticed = self._is_noticed() or self._noticed
                 if order == "end":
@@ -243,7 +269,8 @@ class Rank:
                 if (order == "stop" or self._noticed) and self._told_at == math.inf:
                     self._told_at = time.monotonic()
                     child.send_signal(signal.SIGTERM)
-                if not first and self._told_at == math.inf and not self._station.folder.exists():
+                alone = not self._first and not self._station.folder.exists()
+                if alone and self._told_at == math.inf:
                     self._told_at = time.monotonic()  # who told of this node has ended
                 if time.monotonic() > self._told_at + self._task.grace:
                     self._end(child)
@@ -253,8 +280,6 @@ class Rank:
             self._end(child)
             if self._log is not None:
                 self._log.close()
-            if first:
-                self._station.close()
         return code
 
     def _is_noticed(self) -> bool:
@@ -280,7 +305,7 @@ class Rank:
         return order
 
     def _look(self) -> NodeReport:
-        return self._station.look(self._task.floor, self._task.first, self._dumped)
+        return self._station.look(self._task.limits, self._dumped)
 
     def _heard(self) -> Order:
         known = self._station.order()
@@ -292,9 +317,8 @@ class Rank:
         except Exception:  # without the one who watches, ranks train on
             return known
         if order == "dump" and not self._dumped:
-            self._dumped = True
-            task, station = self._task, self._station
-            dump(station.pids(), self._directory.logs, station.folder, task.attempt)
+            self._dump(self._station.pids(), _SHOW_S)
+            self._dumped, self._next_report = True, 0.0
         if order != known:
             self._station.give(order)
         return order

@@ -65,6 +65,8 @@ class Record:
         submissions: Its jobs, the newest last.
         settings: `settings_hash` of its recipe; empty for runs of this machine.
         shape: What runs of equal speed share; empty where it is not known.
+        device: What every rank has, `gpu` or `cpu`; empty where it was not decided here.
+        ranks: How many there are; 0 where that was not decided here.
     """
 
     id: str
@@ -75,6 +77,8 @@ class Record:
     submissions: tuple[Submission, ...] = ()
     settings: str = ""
     shape: str = ""
+    device: str = ""
+    ranks: int = 0
 
     @property
     def directory(self) -> RunDirectory:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..recipes.check import count
 from .clusters import Cluster
 from .jobs import Jobs, Node
+from .nodes import Device
 from .placement import place
 
 
@@ -42,8 +43,13 @@ class Shape:
         return sum(self.slots or ()) if self.gpu else 0
 
     @property
+    def kind(self) -> Device:
+        """What a rank has for itself, for the driver."""
+        return "gpu" if self.gpu else "cpu"
+
+    @property
     def device(self) -> str:
-        """What a rank has for itself."""
+        """What a rank has for itself, for people."""
         return "GPU" if self.gpu else "CPU core"
 
     @property

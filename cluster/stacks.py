@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from ..redact import redact_text
 
-_SHOW_S = 15.0
+NO_RIGHTS = "it needs the right to trace: CAP_SYS_PTRACE"
+_REFUSED = re.compile(r"permission|not permitted", re.IGNORECASE)
 # What NCCL's flight recorder of torch listens to: anything written there makes it write its file.
 FLIGHT_PIPE = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
 FLIGHT_FILE = "TORCH_FR_DUMP_TEMP_FILE"
@@ -35,24 +37,36 @@ def flight_recorder(logs: Path, station: Path, attempt: int) -> dict[str, str]:
     }
 
 
-def dump(pids: Mapping[int, int], logs: Path, station: Path, attempt: int) -> None:
+def dump(pids: Mapping[int, int], logs: Path, station: Path, attempt: int, limit_s: float) -> None:
     """Write the stacks of ranks, and have their flight recorders written.
 
-    What cannot be had is said in the file; nothing is raised.
+    What cannot be had is said in the file; nothing is raised. Ranks whose stacks are there already
+    are left out: several of a node may fail, and each sees to the others.
 
     Args:
         pids: The process of each rank.
         logs: Where the files go.
         station: A folder of the node, where the pipes are.
         attempt: The number of the attempt.
+        limit_s: Seconds that it may take.
     """
-    for rank in pids:
+    paths = {rank: logs / f"stack-attempt-{attempt}-rank-{rank}.txt" for rank in pids}
+    wanted = {rank: pid for rank, pid in pids.items() if _claimed(paths[rank])}
+    for rank in wanted:
         _ask_recorder(station / f"nccl-{rank}.pipe")
-    with ThreadPoolExecutor(max(1, len(pids))) as pool:
-        for rank, text in zip(pids, pool.map(_stack, pids.values()), strict=True):
-            path = logs / f"stack-attempt-{attempt}-rank-{rank}.txt"
+    with ThreadPoolExecutor(max(1, len(wanted))) as pool:
+        texts = pool.map(lambda pid: _stack(pid, limit_s), wanted.values())
+        for rank, text in zip(wanted, texts, strict=True):
             with suppress(OSError):
-                path.write_text(redact_text(text), "utf-8")
+                paths[rank].write_text(redact_text(text), "utf-8")
+
+
+def _claimed(path: Path) -> bool:
+    """Whether nobody else writes this file; where none can be made, nobody does."""
+    with suppress(OSError):
+        path.open("x").close()
+        return True
+    return False
 
 
 def _ask_recorder(pipe: Path) -> None:
@@ -64,7 +78,7 @@ def _ask_recorder(pipe: Path) -> None:
             os.close(handle)
 
 
-def _stack(pid: int) -> str:
+def _stack(pid: int, limit_s: float) -> str:
     beside = Path(sys.executable).with_name("py-spy")
     tool = str(beside) if beside.exists() else shutil.which("py-spy")
     if tool is None:
@@ -75,11 +89,12 @@ def _stack(pid: int) -> str:
             [tool, "dump", "--nonblocking", "--pid", str(pid)],
             capture_output=True,
             text=True,
-            timeout=_SHOW_S,
+            timeout=limit_s,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"no stacks: {error}\n"
     if done.returncode:
         why = done.stderr.strip() or f"exit code {done.returncode}"
-        return f"no stacks: py-spy says: {why}\n(it needs the right to trace: CAP_SYS_PTRACE)\n"
+        rights = f"({NO_RIGHTS})\n" if _REFUSED.search(why) else ""
+        return f"no stacks: py-spy says: {why}\n{rights}"
     return done.stdout

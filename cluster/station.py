@@ -10,10 +10,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ..trainer.heartbeat import Beat, read_beat
+from ..trainer.heartbeat import Beat, learned, read_beat
+from .limits import Limits
 from .watch import NodeReport, Order, Overdue
-
-_FACTOR = 10.0
 
 
 class Station:
@@ -72,7 +71,7 @@ class Station:
             return None  # it is being written
         with suppress(OSError):
             age = time.time() - (self.folder / f"rank-{rank}.pid").stat().st_mtime
-            return Beat("start_up", False, 0, time.monotonic() - age, 0.0)
+            return Beat("start_up", 0, 0, time.monotonic() - age, 0.0)
         return None
 
     def close(self) -> None:
@@ -83,37 +82,26 @@ class Station:
                     shutil.rmtree(old, ignore_errors=True)
             self._run.rmdir()
 
-    def look(self, floor: float, first: float, dumped: bool) -> NodeReport:
+    def look(self, limits: Limits, dumped: bool) -> NodeReport:
         """Look at all ranks of the node.
 
         Args:
-            floor: Seconds that anything may take.
-            first: Seconds that something may take of which nothing is known yet.
+            limits: How long they may be at one thing.
             dumped: Whether their stacks are written.
         """
         now, late, own, step = time.monotonic(), [], {}, 0
+        longest: dict[str, float] = {}
         for rank, pid in self.pids().items():
             beat = read_beat(self.beat_path(rank)) or self._not_yet(rank)
             if beat is None:
                 continue
             own[rank], step = beat.own_s, max(step, beat.step)
-            silent, limit = now - beat.begun, limit_of(beat, floor, first)
+            longest |= {k: max(s, longest.get(k, 0.0)) for k, s in learned(beat).items()}
+            silent, (limit, why) = now - beat.begun, limits.of(beat)
             if silent > limit:
                 state = process_state(pid)
-                late.append(Overdue(rank, beat.section, beat.step, silent, limit, state))
-        return NodeReport(self.node, step, tuple(late), own, dumped)
-
-
-def limit_of(beat: Beat, floor: float, first: float) -> float:
-    """Seconds that a section may take: ten times the longest that it took in this stage.
-
-    Args:
-        beat: Of the rank.
-        floor: No less than that.
-        first: Where the rank has not been in the section before.
-    """
-    known = beat.longest.get(beat.section, 0.0)
-    return max(floor, _FACTOR * known) if beat.warm else max(floor, first)
+                late.append(Overdue(rank, beat.section, beat.step, silent, limit, state, why))
+        return NodeReport(self.node, step, tuple(late), own, dumped, longest)
 
 
 def process_state(pid: int) -> str:

@@ -103,7 +103,8 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     found = fit(recipe, cluster, shape)
     for warning in [*warnings, *found.warnings]:
         warn(warning)
-    record = replace(wanted, shape=shape_key(recipe, found.ranks, cluster.name))
+    key = shape_key(recipe, found.ranks, cluster.name)
+    record = replace(wanted, shape=key, device=shape.kind, ranks=found.ranks)
     expected = forecast(recipe, found.ranks, record.shape, registry, shape.gpu_names)
     for line in _plan(record, recipe, cluster, shape, found, expected):
         say(line)
@@ -190,7 +191,11 @@ def entrypoint(record: Record, cluster: Cluster, options: Sequence[str] = ()) ->
     """The command line of a run's driver, for a shell."""
     settings = cluster.settings
     words = ["--run-id", record.id, "--run-dir", record.run_dir]
-    words += ["--name", record.recipe, *options]
+    words += ["--name", record.recipe]
+    # What was decided here holds there: other nodes may be up by then, or none yet.
+    if record.device:
+        words += ["--device", record.device, "--ranks", str(record.ranks)]
+    words += options
     if settings.secrets:
         words += ["--secrets", *(f"{name}={path}" for name, path in settings.secrets.items())]
     if settings.interface is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Literal
 
-from ..trainer.failure import COMPLETE, STOPPED
+from ..trainer.failure import COMPLETE, INTERRUPTED, STOPPED, USER_ERROR
 from .placement import misplaced
 
 Order = Literal["go on", "stop", "dump", "end"]
@@ -23,6 +23,10 @@ _STRAGGLES = 1.5
 _STRAGGLES_S = 0.05
 _REPORTS = 5
 _DUMP_S = 30.0
+_LAST_DUMP_S = 6.0
+"""For ranks that are left when another one failed: a new start waits for it."""
+
+_LOOK_S = 0.1
 _SILENT_INTERVALS = 15
 
 
@@ -79,6 +83,7 @@ class Overdue:
         silent_s: For how long.
         limit_s: How long it may take.
         state: Of its process, as Linux says it: T is stopped, D waits for a device.
+        why: Where the limit comes from, for people.
     """
 
     rank: int
@@ -87,6 +92,7 @@ class Overdue:
     silent_s: float
     limit_s: float
     state: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class NodeReport:
         overdue: Its ranks that are late.
         own_s: Seconds of a step that each rank computes and does not wait, over the last ones.
         dumped: Whether the stacks of its ranks are written.
+        longest: What its ranks took at most, as `heartbeat.learned` names it, in seconds.
     """
 
     node: str
@@ -106,6 +113,7 @@ class NodeReport:
     overdue: tuple[Overdue, ...] = ()
     own_s: Mapping[int, float] = field(default_factory=dict)
     dumped: bool = False
+    longest: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ class News:
         ends: Of the ranks that have ended.
         stragglers: Those that are new.
         step: The last that any rank works on.
+        longest: What ranks took at most, as `heartbeat.learned` names it, in seconds.
     """
 
     nodes: Mapping[int, str]
@@ -167,6 +176,7 @@ class News:
     ends: Mapping[int, End]
     stragglers: tuple[Straggler, ...]
     step: int
+    longest: Mapping[str, float] = field(default_factory=dict)
 
 
 class Watch:
@@ -184,9 +194,18 @@ class Watch:
         self._joined = asyncio.Event()
         self.begin(0, 0, 1)
 
-    def begin(self, attempt: int, ranks: int, unit: int) -> None:
-        """Forget the attempt before; another one of so many ranks begins."""
-        self._attempt, self._ranks, self._unit = attempt, ranks, unit
+    def begin(
+        self, attempt: int, ranks: int, unit: int, group: str = "tensor x context group"
+    ) -> None:
+        """Forget the attempt before; another one of so many ranks begins.
+
+        Args:
+            attempt: Its number.
+            ranks: How many.
+            unit: Ranks in a row that have to be on one node.
+            group: What they are.
+        """
+        self._attempt, self._ranks, self._unit, self._group = attempt, ranks, unit, group
         self._joined.set()
         self._joined = asyncio.Event()
         self._places: dict[int, Place] = {}
@@ -229,7 +248,7 @@ class Watch:
             address="127.0.0.1" if one_host else first.address,
             port=first.port,
             order=self._order,
-            problem=misplaced([other.node for other in places], self._unit),
+            problem=misplaced([other.node for other in places], self._unit, self._group),
         )
 
     def report(self, attempt: int, report: NodeReport) -> Order:
@@ -246,10 +265,33 @@ class Watch:
         return self._order
 
     def ended(self, attempt: int, rank: int, end: End) -> None:
-        """A rank's process has ended."""
+        """A rank's process has ended; where it failed, the others are to show where they are."""
         self.calls += 1
         if attempt == self._attempt:
             self._ends[rank] = end
+            if end.code not in (COMPLETE, STOPPED, USER_ERROR, INTERRUPTED):
+                self._dump_the_rest()
+
+    async def last_words(self, attempt: int) -> None:
+        """The gang is about to be ended: returns once a failed one has nothing more to show."""
+        self.calls += 1
+        codes = [end.code for end in self._ends.values()]
+        well = len(codes) == self._ranks and set(codes) <= {COMPLETE, STOPPED, INTERRUPTED}
+        if attempt != self._attempt or well or self._hang is not None or USER_ERROR in codes:
+            return
+        self._dump_the_rest()
+        while self._clock() < self._dump_by and any(map(self._may_dump, self._reports.values())):
+            await asyncio.sleep(_LOOK_S)
+
+    def _dump_the_rest(self) -> None:
+        if self._order in ("go on", "stop"):
+            self._order, self._dump_by = "dump", self._clock() + _LAST_DUMP_S
+
+    def _may_dump(self, report: NodeReport) -> bool:
+        """Whether the stacks of a node are still to come: it and who writes them are there."""
+        first = min(rank for rank, p in self._places.items() if p.node == report.node)
+        silent = self._clock() - self._heard[report.node]
+        return not report.dumped and first not in self._ends and silent <= 2 * self._interval + 1
 
     def stop(self) -> None:
         """Ranks are to save and stop."""
@@ -264,11 +306,14 @@ class Watch:
         told, self._told = tuple(self._told), []
         nodes = {rank: place.node for rank, place in self._places.items()}
         step = max((report.step for report in self._reports.values()), default=0)
-        return News(nodes, self._order, self._hang, dict(self._ends), told, step)
+        longest: dict[str, float] = {}
+        for report in self._reports.values():
+            longest |= {k: max(s, longest.get(k, 0.0)) for k, s in report.longest.items()}
+        return News(nodes, self._order, self._hang, dict(self._ends), told, step, longest)
 
     def _look_for_hangs(self) -> None:
         now = self._clock()
-        if self._order == "dump":
+        if self._order == "dump" and self._hang is not None:
             waited = now > self._dump_by
             if waited or all(report.dumped for report in self._reports.values()):
                 self._order = "end"
@@ -335,6 +380,7 @@ def blamed(late: list[tuple[Overdue, str]], quiet: list[str]) -> Hang:
         f"rank {one.rank} is in section {one.section} of step {one.step} for {one.silent_s:.0f} s, "
         f"longer than the {one.limit_s:.0f} s that it may take"
     )
+    words += f" ({one.why})" if one.why else ""
     words += f"; {how}" if how else ""
     words += f"; so are {others} more" if others else ""
     return Hang(one, node, words)

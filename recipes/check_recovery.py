@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import Problem
-from ..trainer.recovery_settings import RecoverySettings
+from ..trainer.recovery_settings import HangSettings, RecoverySettings
 from ..trainer.settings import RunSettings
 
 _NEEDS = {
@@ -34,3 +34,15 @@ def check_recovery(run: RunSettings) -> Iterator[Problem]:
         expected = f"at most the {run.checkpoint.keep} checkpoints that checkpoint.keep leaves"
         fix = f"back: {run.checkpoint.keep}, or checkpoint.keep: {recovery.back}"
         yield Problem("recovery.back", str(recovery.back), expected, fix)
+    yield from _hang(recovery.hang)
+
+
+def _hang(hang: HangSettings) -> Iterator[Problem]:
+    """A limit below another one that holds as well has no effect."""
+    for name, least in (("first", hang.least), ("data", hang.first)):
+        value = getattr(hang, name)
+        if value < least:
+            other = "least" if name == "first" else "first"
+            expected = f"{least:g} or more, as recovery.hang.{other} holds as well"
+            fix = f"{name}: {least:g}, or lower recovery.hang.{other}"
+            yield Problem(f"recovery.hang.{name}", f"{value:g}", expected, fix)

@@ -14,7 +14,7 @@ from ..trainer.exchange_choice import ExchangeChoice, choose_exchange
 from ..trainer.gang_sizes import gang_sizes
 from ..trainer.parameters import attention_parameters, count_parameters
 from ..trainer.plan import plan_stage
-from ..trainer.recovery_settings import RetrySettings
+from ..trainer.recovery_settings import HangSettings, RecoverySettings, RetrySettings
 from ..trainer.settings import ModelSettings, OptimizerSettings, RunSettings, StageSettings
 from .check import CheckedRecipe, count
 
@@ -82,7 +82,7 @@ def _on_a_cluster(run: RunSettings) -> Iterator[str]:
     parts = []
     if run.ranks_at_least is not None:
         parts.append(f"goes on with {' or '.join(map(str, gang_sizes(run)))} ranks")
-    retries = run.recovery.retries
+    recovery, retries = run.recovery, run.recovery.retries
     if retries != RetrySettings():
         lost = count(retries.infrastructure, "new start")
         parts.append(f"{lost} after lost nodes and dead or hanging ranks")
@@ -90,6 +90,11 @@ def _on_a_cluster(run: RunSettings) -> Iterator[str]:
         if retries.preemption is not None:
             taken = count(retries.preemption, "new start")
         parts.append(f"{taken} after preemptions")
+    if recovery.wait != RecoverySettings.model_fields["wait"].default:
+        parts.append(f"waits {recovery.wait:g} s for nodes")
+    if (hang := recovery.hang) != HangSettings():
+        limits = f"{hang.least:g} s, {hang.first:g} s the first time, {hang.data:g} s for data"
+        parts.append(f"hangs are told after {limits}")
     if parts:
         yield f"on a cluster only: {', '.join(parts)}"
 

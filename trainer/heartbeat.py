@@ -17,14 +17,21 @@ from typing import Literal, get_args
 HEARTBEAT = "LONGSPAN_HEARTBEAT"
 """The environment variable that names the file of a rank; without it nothing is written."""
 
-Section = Literal["start_up", "open", "canary", "step", "evaluation", "save", "proof", "end"]
+Section = Literal[
+    "start_up", "open", "canary", "first_step", "step", "evaluation", "save", "proof", "end"
+]
 """What a rank can be at: imports and joining, data and model, then the parts of a stage."""
 
 _SECTIONS: tuple[Section, ...] = get_args(Section)
 # Times before the first step of a stage: compilers and caches make that one slow.
 _BEFORE_STEPS = ("start_up", "open", "canary")
+LEARNED = ("canary", "first_step", "step", "evaluation")
+"""What takes about as long each time in a stage, and in another one, of another length, does not.
+
+How long it takes to open a stage depends on what is cached where, and a save waits for storage."""
+
 _SMOOTHING = 0.1
-_FORM = struct.Struct(f"<QBB6xqdd{len(_SECTIONS)}dQ")
+_FORM = struct.Struct(f"<QBxH4xqdd{len(_SECTIONS)}dQ")
 
 
 @dataclass(frozen=True)
@@ -33,15 +40,16 @@ class Beat:
 
     Attributes:
         section: What it is at.
-        warm: Whether it has been there before, so that its time then says what to expect.
+        stage: The number of the stage that is open, from 0.
         step: The step of the run that it works on; 0 before the first.
         begun: When it began that, in seconds of the machine's monotonic clock.
         own_s: Seconds of a step that it computes and does not wait for others, over the last ones.
-        longest: The longest time in each section that it has left, in seconds.
+        longest: The longest time in each section that it has left in this stage, in seconds; 0
+            where it was not there yet.
     """
 
     section: Section
-    warm: bool
+    stage: int
     step: int
     begun: float
     own_s: float
@@ -58,45 +66,44 @@ class Heartbeat:
     def __init__(self, path: Path | None = None) -> None:
         self._count, self._longest = 0, dict.fromkeys(_SECTIONS, 0.0)
         self._section: Section = "start_up"
-        self._warm, self._begun, self._own_s = False, time.monotonic(), 0.0
-        self._cold = False
-        """Whether all that is known of steps is the first one, which is slower than the others."""
+        self._stage, self._begun, self._own_s = 0, time.monotonic(), 0.0
+        self._left: dict[int, dict[Section, float]] = {}
+        """What was learned of stages that are not open: a run may go back to one."""
         self._memory: mmap.mmap | None = None
         if path is not None:
             self._memory = _mapped(path)
         self._write(0)
 
-    def enter(self, section: Section, step: int = 0) -> None:
+    def enter(self, section: Section, step: int = 0, stage: int | None = None) -> None:
         """The rank begins something, which ends what it was at.
 
         Args:
-            section: What.
+            section: What; a step that follows no other one of its stage is a first one.
             step: Of the run, that it works on.
+            stage: The number of the stage that is opened; None: it is the same one.
         """
         now = time.monotonic()
-        self._note(now - self._begun, section)
-        cold = section == "step" and self._section in _BEFORE_STEPS
-        self._warm = self._longest[section] > 0 and not cold
+        longest = self._longest[self._section]
+        self._longest[self._section] = max(longest, now - self._begun)
+        if stage is not None:
+            self._open(stage)
+        if section == "step" and self._section in _BEFORE_STEPS:
+            section = "first_step"
         self._section, self._begun = section, now
         self._write(step)
+
+    def _open(self, stage: int) -> None:
+        """Go on with what is known of a stage; what belongs to none stays."""
+        self._left[self._stage] = {name: self._longest[name] for name in LEARNED}
+        known = self._left.get(stage, dict.fromkeys(LEARNED, 0.0))
+        self._longest |= known
+        self._stage, self._own_s = stage, 0.0
 
     def computed(self, seconds: float) -> None:
         """What the rank computed itself of a step, in seconds; 0 where it is not known."""
         if seconds > 0:
             weight = _SMOOTHING if self._own_s > 0 else 1.0
             self._own_s += weight * (seconds - self._own_s)
-
-    def _note(self, seconds: float, following: Section) -> None:
-        """Learn from a section that ends how long it may take."""
-        if following == "open":  # another stage: what the last one took says nothing of it
-            self._longest, self._own_s = dict.fromkeys(_SECTIONS, 0.0), 0.0
-        elif self._section != "step":
-            self._longest[self._section] = max(self._longest[self._section], seconds)
-        elif not self._warm:
-            self._longest["step"], self._cold = seconds, True
-        else:
-            before = 0.0 if self._cold else self._longest["step"]
-            self._longest["step"], self._cold = max(before, seconds), False
 
     def _write(self, step: int) -> None:
         if self._memory is None:
@@ -109,13 +116,22 @@ class Heartbeat:
             0,
             self._count,
             number,
-            self._warm,
+            self._stage,
             step,
             self._begun,
             self._own_s,
             *self._longest.values(),
             self._count,
         )
+
+
+def learned(beat: Beat) -> dict[str, float]:
+    """What a beat says of how long things take, to be kept: `step 0` is a step of stage 0."""
+    return {
+        f"{name} {beat.stage}": beat.longest[name]
+        for name in LEARNED
+        if beat.longest.get(name, 0.0) > 0
+    }
 
 
 def open_heartbeat() -> Heartbeat:
@@ -138,11 +154,11 @@ def read_beat(path: Path) -> Beat | None:
         return None
     if len(content) < _FORM.size:
         return None
-    first, number, warm, step, begun, own_s, *longest, last = _FORM.unpack_from(content)
+    first, number, stage, step, begun, own_s, *longest, last = _FORM.unpack_from(content)
     if first != last or not first or number >= len(_SECTIONS):
         return None
     known = dict(zip(_SECTIONS, longest, strict=True))
-    return Beat(_SECTIONS[number], bool(warm), step, begun, own_s, known)
+    return Beat(_SECTIONS[number], stage, step, begun, own_s, known)
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -136,7 +136,7 @@ class Run:
 
     def _open_stage(self, cursor: Cursor, checkpoint: Checkpoint | None) -> OpenStage:
         """Build the stage's engine and load the newest checkpoint into it."""
-        self.beat.enter("open", cursor.step)
+        self.beat.enter("open", cursor.step, cursor.stage)
         settings, folder = self.run.stages[cursor.stage], self.run.model.folder
         plan = self.plans[cursor.stage]
         weights = None

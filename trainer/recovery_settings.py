@@ -19,8 +19,25 @@ class RetrySettings(Settings):
     """Times after nodes that were taken back with a notice; left out: as often as it happens."""
 
 
+class HangSettings(Settings):
+    """How long a rank on a cluster may be at one thing before that is a hang.
+
+    What it has done before may take ten times the longest that it took, in this and in earlier
+    attempts; a save no less than `first`, as it may wait for storage."""
+
+    least: Seconds = Field(default=300.0, gt=0)
+    """Seconds that anything may take, however short it was before."""
+
+    first: Seconds = Field(default=1800.0, gt=0)
+    """Seconds for what was not done before: a first step, which compiles kernels, or a save."""
+
+    data: Seconds = Field(default=7200.0, gt=0)
+    """Seconds for opening a stage, which may tokenise its data, and for a first evaluation or
+    proof."""
+
+
 class RecoverySettings(Settings):
-    """Bad steps, the time to save at a stop, and new starts on a cluster."""
+    """Bad steps, the time to save at a stop, and on a cluster hangs, waits and new starts."""
 
     nonfinite: Literal["abort", "skip", "rewind"] = "abort"
     """What follows a loss or gradient that is not finite. No rank ever applies such a step. skip:
@@ -48,6 +65,12 @@ class RecoverySettings(Settings):
     """Seconds that ranks have to save when the run is asked to stop."""
 
     retries: RetrySettings = RetrySettings()
+
+    wait: Seconds = Field(default=300.0, ge=0)
+    """Seconds that a cluster's driver waits for nodes; then fewer ranks have to do, where they
+    may, or the run ends. A cluster that grows needs as long as its nodes take to start."""
+
+    hang: HangSettings = HangSettings()
 
     @property
     def policies(self) -> tuple[str, str]:

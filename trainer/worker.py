@@ -12,7 +12,7 @@ from .heartbeat import Heartbeat, open_heartbeat
 from .stopping import StopRequest
 
 # The first step of another rank may wait for this one to tokenise the corpus.
-_TIMEOUT = timedelta(hours=2)
+_TIMEOUT_S = 7200.0
 
 
 def main(run_dir: Path) -> int:
@@ -45,7 +45,7 @@ def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
     directory = RunDirectory(run_dir)
     run = directory.load_settings()
     set_up(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    meet(backend(), _TIMEOUT)
+    meet(backend(), timedelta(seconds=max(_TIMEOUT_S, run.recovery.hang.data)))
     observer = open_observer(directory, run, rank)
     try:
         complete = Run(directory, run, observer, stop, beat).train()

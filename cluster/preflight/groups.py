@@ -17,27 +17,32 @@ _LEAST_S = 10.0
 """With less there is no telling a network that does not work from a node that is slow."""
 
 
-def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
+def measure(crew: Crew, nodes: Sequence[Node], known: Sequence[Node] = ()) -> list[Result]:
     """What an all-reduce carries inside of nodes, and between those where that works.
 
     Args:
         crew: Asks the nodes.
         nodes: Those that are fit so far.
+        known: Those that measured before and are only there for the others, which are judged.
     """
-    gpu = any(node.gpus for node in nodes)
+    gpu = any(node.gpus for node in (*known, *nodes))
     able = [node for node in nodes if node.gpus or not gpu]
     if crew.left(_LIMIT_S) < _LEAST_S:
         return [_unmeasured(node) for node in able]
     results: list[Result] = []
-    ranks = {node.name: max(1, node.gpus) for node in able}
+    ranks = {node.name: max(1, node.gpus) for node in (*known, *able)}
     if several := [node for node in able if node.gpus > 1]:
         answers = _run(crew, [[node] for node in several])
         results += bandwidth.judge("inside", answers, gpu, ranks)
     bad = {result.node for result in results if result.level == "fail"}
     present = {node.name for node in crew.present}
     able = [node for node in able if node.name in present - bad]
+    if not able:
+        return results
+    judged = {node.name for node in able}
+    able = [*(node for node in known if node.gpus or not gpu), *able]
     if len(able) > 1 and crew.left(_LIMIT_S) < _LEAST_S:
-        results += map(_unmeasured, able)
+        results += [_unmeasured(node) for node in able if node.name in judged]
     elif len(able) > 1:
         answers = _run(crew, [able])
         failed = any("error" in found for found in answers.values())
@@ -49,7 +54,8 @@ def measure(crew: Crew, nodes: Sequence[Node]) -> list[Result]:
                 answers = pairs
         elif not failed and len(able) > 2 and _is_slow(answers, gpu):
             answers = _by_links(crew, able) or answers
-        results += bandwidth.judge("between", answers, gpu, ranks)
+        between = bandwidth.judge("between", answers, gpu, ranks)
+        results += [result for result in between if result.node in judged]
     return results
 
 

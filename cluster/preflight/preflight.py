@@ -20,6 +20,7 @@ from .result import Result
 
 LIMIT_S = 60.0
 _LOOK_S = 30.0
+_GREET_S = 8.0
 _MEET_S = 14.0
 _LAST_S = 6.0
 """That are left for the dashboard and for cleaning up."""
@@ -30,6 +31,7 @@ def preflight(
     run: RunSettings,
     run_dir: Path,
     *,
+    beside: Sequence[Node] = (),
     interface: str | None = None,
     address: str | None = None,
     log: EventLog | None = None,
@@ -39,9 +41,11 @@ def preflight(
     """Check every node that ranks may be put on; call in a driver that is connected to Ray.
 
     Args:
-        nodes: Those that are alive.
+        nodes: Those that nobody has looked at.
         run: What shall run; already checked.
         run_dir: The run's folder, on storage that all nodes share.
+        beside: Nodes that are known to be fit and are idle. The others have to reach them, see
+            their files and measure with them; they themselves are not judged again.
         interface: The network interface between the nodes, as NCCL takes it; None: any.
         address: Of the dashboard; None: as Ray says.
         log: Gets a `preflight` event.
@@ -56,18 +60,22 @@ def preflight(
         RunError: The report cannot be written there.
     """
     began, folder = time.monotonic(), run_dir / f".preflight-{os.urandom(4).hex()}"
-    with Crew(nodes, interface, began + limit_s - _LAST_S) as crew:
+    # Known ones first: where two do not reach each other, the later one is to blame.
+    with Crew([*beside, *nodes], interface, began + limit_s - _LAST_S) as crew:
         try:
-            looked = _look(crew, run, run_dir, folder)
+            looked = _look(crew, nodes, run, run_dir, folder)
             expected = like or versions.reference(_part(looked, "versions"), versions.probe())
             results = _alone(crew, run, looked, expected)
-            results += _meet(crew, looked, folder, interface)
+            results += _meet(crew, _greeted(crew, beside, folder) | looked, folder, interface)
             bad = {result.node for result in results if result.level == "fail"}
             fit = [node for node in crew.present if node.name not in bad]
-            results += groups.measure(crew, fit)
+            known = [node for node in fit if node in beside]
+            results += groups.measure(crew, [node for node in fit if node not in known], known)
             results = [*crew.silent(), *results]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+    judged = {node.name for node in nodes}
+    results = [result for result in results if result.node in judged]
     if (address := address or dashboard.where()) is not None:
         results.append(dashboard.judge(dashboard.probe(address)))
     report = Report(nodes, results, time.monotonic() - began, expected)
@@ -101,10 +109,17 @@ def _alone(
     return results
 
 
-def _look(crew: Crew, run: RunSettings, run_dir: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def _look(
+    crew: Crew, nodes: Sequence[Node], run: RunSettings, run_dir: Path, folder: Path
+) -> dict[str, dict[str, Any]]:
     limit_s = crew.left(_LOOK_S)
     arguments = (folder, disk.places(run, run_dir), crew.ask_time, max(1.0, limit_s - 3))
-    return crew.ask("look", {node.name: arguments for node in crew.present}, limit_s)
+    return crew.ask("look", {node.name: arguments for node in nodes}, limit_s)
+
+
+def _greeted(crew: Crew, beside: Sequence[Node], folder: Path) -> dict[str, dict[str, Any]]:
+    """What known nodes have to do before others can meet them."""
+    return crew.ask("greet", {node.name: (folder,) for node in beside}, crew.left(_GREET_S))
 
 
 def _meet(
@@ -125,7 +140,7 @@ def _meet(
     peers = {
         name: {other: open_[other] for other in network.neighbours(names, name)} for name in names
     }
-    arguments = {node.name: (peers.get(node.name, {}), folder, written) for node in crew.present}
+    arguments = {name: (peers.get(name, {}), folder, written) for name in looked}
     met = crew.ask("meet", arguments, crew.left(_MEET_S))
     # Nobody is held to see the file of a node that went away meanwhile.
     written = {name: text for name, text in written.items() if name in met}

@@ -124,6 +124,7 @@ def render_k8s(order: Order, image: str, claim: str) -> str:
 def _entrypoint(order: Order) -> str:
     words = ["--run-id", order.run_id, "--run-dir", order.run_dir]
     words += ["--name", order.name, "--recipe", f"{_MOUNT}/{_RECIPE}"]
+    words += ["--device", "gpu" if order.gpus else "cpu", "--ranks", str(order.ranks)]
     if order.secrets:
         words += ["--secrets", *(f"{name}={path}" for name, path in order.secrets.items())]
     if order.interface is not None:

@@ -97,13 +97,15 @@ def assert_a_stopped_and_a_killed_driver_lose_nothing(cluster, reference, texts,
 def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     # One rank cannot share sequences with another one, as the second stage wants it.
     (short, _) = cluster_run(texts)["stages"]
-    run, more = cluster_run(texts, ranks_at_least=1, stages=[short]), (*QUICK, "--wait", "3")
+    changes = {"ranks_at_least": 1, "stages": [short], "recovery": {"wait": 3}}
+    run, more = cluster_run(texts, **changes), QUICK
     drive = Drive(cluster, run, tmp_path / "run", *more)
     drive.wait_for(lambda: made(drive) > EVERY)
     cluster.kill_node(cluster.nodes[1])
     assert drive.ends() == 2, drive.text()
     said = drive.said()
-    assert "too few nodes: the run wants 2 ranks, the nodes have 1 free cores" in said
+    assert "too few nodes after 3 s (recovery.wait): the run wants 2 ranks, 1 at least, the" in said
+    assert "the nodes have 1 free cores" in said
     assert "was lost" in said and "--exactness E1" in said
     again = Drive(cluster, run, tmp_path / "run", *more, "--exactness", "E1")
     assert again.ends() == 0, again.text()

@@ -7,25 +7,37 @@ import time
 from collections.abc import Callable
 
 from longspan.cluster.recovery import recoveries
+from longspan.cluster.stacks import NO_RIGHTS
 from support.cluster import Drive
-from support.cluster_faults import Scene, drain, hang, kill_node, kill_rank, kill_worker, notice
+from support.cluster_faults import (
+    Scene,
+    drain,
+    hang,
+    kill_node,
+    kill_rank,
+    kill_rank_beside_another,
+    kill_worker,
+    notice,
+)
 from support.cluster_runs import EVERY, cluster_run
 from support.grid import sample
 
-STACK_FLOOR = "10"
-
-
+# Longer than a step on a busy machine may take, short enough to wait for.
+HANG = {"least": 10, "first": 120, "data": 120}
 NEED_A_SPARE = (kill_node, drain)
-FAULTS: tuple[Callable, ...] = (kill_rank, kill_worker, kill_node, hang, notice, drain)
+FAULTS: tuple[Callable, ...] = (
+    kill_rank, kill_rank_beside_another, kill_worker, kill_node, hang, notice, drain,
+)  # fmt: skip
+STACKS = {"hang": 2, "kill_rank_beside_another": 1}
+"""Ranks that show where they are, as they do not move and live."""
 
 
 def test_a_run_that_meets_faults_ends_bit_equal(cluster, reference, texts, tmp_path):
     faults = sample("cluster faults", FAULTS, 2)
-    # Longer than a step on a busy machine may take, short enough to wait for.
-    more = ["--no-preflight", "--floor", STACK_FLOOR, "--first", "120"]
     cluster.nodes += [cluster.add_node() for fault in faults if fault in NEED_A_SPARE]
     started, struck = time.time(), []
-    drive = Drive(cluster, cluster_run(texts), tmp_path / "run", *more)
+    run = cluster_run(texts, recovery={"hang": HANG})
+    drive = Drive(cluster, run, tmp_path / "run", "--no-preflight")
     for attempt, fault in enumerate(faults, 1):
         # The last one comes to ranks of different nodes that share sequences.
         stage = "long" if attempt == len(faults) else "short"
@@ -49,12 +61,14 @@ def test_a_run_that_meets_faults_ends_bit_equal(cluster, reference, texts, tmp_p
         print(
             f"{name}: told after {end['time'] - began:.1f} s, next step after {first - began:.1f} s"
         )
-        if name == "hang":
+        if name in STACKS:
             stacks = sorted(drive.run_dir.glob(f"logs/stack-attempt-{attempt}-rank-*.txt"))
-            assert len(stacks) == 2
+            assert len(stacks) == STACKS[name]
             for stack in stacks:
                 text = stack.read_text()
-                assert "trainer/worker.py" in text or text.startswith("no stacks:"), text
+                assert "trainer/worker.py" in text or NO_RIGHTS in text, text
+        if name == "hang":
+            assert "recovery.hang.least" in said
         if name == "kill_node":
             assert first - began <= 1.5 * (cold - started), (first - began, cold - started)
         if name in ("kill_node", "drain"):

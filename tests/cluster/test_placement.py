@@ -5,7 +5,7 @@ import socket
 from hypothesis import given
 from hypothesis import strategies as st
 from longspan.cluster.nodes import Node, has_gone
-from longspan.cluster.placement import misplaced, place, unit_of
+from longspan.cluster.placement import group_of, misplaced, place, split_groups, unit_of
 from support.tiny import tiny_run
 
 
@@ -30,12 +30,31 @@ def test_places_are_right_wherever_there_is_room(slots, unit, groups):
     assert (found is not None) == (room >= groups)
     if found is not None:
         assert len(found) == groups * unit and not misplaced(found, unit)
+        assert not misplaced(found, 1)
         assert all(found.count(node) <= slots[node] for node in found)
 
 
 def test_a_group_that_no_node_has_room_for_keeps_its_tensor_ranks_together():
     run = tiny_run(stage__parallel={"tensor": 2, "context": 4})
     assert (unit_of(run, 8), unit_of(run, 7), unit_of(run, 1)) == (8, 2, 2)
+
+
+def test_a_group_that_is_split_is_told_of_by_its_name():
+    run = tiny_run(stage__parallel={"tensor": 2, "context": 4})
+    assert split_groups(run, 8) == "" and group_of(run, 8) == "tensor x context group"
+    told = split_groups(run, 2)
+    assert "group of 8 ranks: it is split over nodes" in told and "2 (tensor)" in told
+    assert group_of(run, 2) == "tensor group"
+    assert "ranks 2 to 3, a tensor group," in misplaced(["a", "a", "a", "b"], 2, group_of(run, 2))
+    alone = tiny_run(stage__parallel={"tensor": 2})
+    assert split_groups(alone, unit_of(alone, 1)) == ""
+
+
+def test_ranks_are_ordered_by_node_also_where_none_have_to_be_together():
+    assert misplaced(["a", "b", "c"], 1) == "" == misplaced(["a", "a", "b"], 1)
+    told = misplaced(["a", "b", "b", "a"], 1)
+    assert told.startswith("ranks 0 and 3 are on node a") and "between them" in told
+    assert misplaced(["b", "a", "a", "b", "c"], 1).startswith("ranks 0 and 3 are on node b")
 
 
 def test_a_node_is_gone_when_nothing_listens():

@@ -47,7 +47,7 @@ def test_broken_nodes_are_named_and_the_others_are_fit(cluster, broken, tmp_path
         capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "preflight.json").read_text())
+    (report,) = json.loads((tmp_path / "preflight.json").read_text())["looks"]
     assert report["versions"]["megatron-core"] != VERSION
     assert len(report["nodes"]) == 4 and report["seconds"] < 60
     assert sorted(report["healthy"]) == sorted(node.node_id for node in cluster.nodes)

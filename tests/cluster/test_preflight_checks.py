@@ -291,8 +291,15 @@ def test_nodes_that_failed_are_left_out_and_warnings_are_not():
 def test_a_report_is_a_file(tmp_path):
     found = report(node(2))
     found.write(tmp_path)
-    written = json.loads((tmp_path / "preflight.json").read_text())
+    (written,) = json.loads((tmp_path / "preflight.json").read_text())["looks"]
     assert written["healthy"] == [node(1).id, node(3).id]
     assert written["results"][-1]["level"] == "fail"
+    report(nodes=(node(4),)).write(tmp_path)  # of a node that came later
+    looks = json.loads((tmp_path / "preflight.json").read_text())["looks"]
+    assert looks[0] == written and looks[1]["healthy"] == [node(4).id]
+    assert looks[0]["time"] <= looks[1]["time"]
+    (tmp_path / "preflight.json").write_text("{torn")
+    found.write(tmp_path)
+    assert len(json.loads((tmp_path / "preflight.json").read_text())["looks"]) == 1
     with pytest.raises(RunError, match="cannot be written"):
         found.write(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from longspan.cluster import watch as module
 from longspan.cluster.gang import seconds_between_polls
 from longspan.cluster.placement import misplaced
 from longspan.cluster.watch import End, NodeReport, Overdue, Place, Watch, blamed
@@ -55,7 +56,7 @@ def test_ranks_learn_where_rank_0_listens_and_who_is_beside_them():
 
 def test_a_group_that_is_on_two_nodes_is_told_to_every_rank():
     _, told = joined(4, 2, unit=4)
-    assert all("ranks 0 to 3" in a.problem for a in told)
+    assert all("ranks 0 to 3, a tensor x context group" in a.problem for a in told)
     assert misplaced(["a", "a", "b", "b"], 2) == "" and misplaced(["a", "b", "b", "a"], 2)
 
 
@@ -87,6 +88,105 @@ def test_a_hang_is_told_after_all_nodes_were_heard_and_ends_once_the_stacks_are_
     assert watch.report(3, NodeReport("node-0", 5, dumped=True)) == "dump"
     assert watch.report(3, NodeReport("node-1", 5, dumped=True)) == "end"
     assert watch.report(3, NodeReport("node-0", 5, dumped=True)) == "end"
+
+
+def last_words(watch, clock, *happens):
+    """How long the end of a gang is put off while this happens, half a second apart."""
+
+    async def waits():
+        told = asyncio.create_task(watch.last_words(3))
+        begun = clock.now
+        await asyncio.sleep(0)
+        for happening in happens:
+            if told.done():
+                break
+            happening()
+            clock.now += 0.5
+            await asyncio.sleep(0.02)
+        while not told.done():
+            clock.now += 0.5
+            await asyncio.sleep(0.02)
+        return clock.now - begun
+
+    return asyncio.run(waits())
+
+
+def failing(monkeypatch, code):
+    """Three nodes of two ranks, of which rank 3 has ended."""
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    clock = Clock()
+    watch, _ = joined(6, 2, clock=clock)
+    for node in range(3):
+        watch.report(3, NodeReport(f"node-{node}", 5))
+    watch.ended(3, 3, End(code))
+    return watch, clock
+
+
+def test_where_a_rank_fails_the_others_show_where_they_are_before_they_are_ended(monkeypatch):
+    watch, clock = failing(monkeypatch, -9)
+    assert watch.report(3, NodeReport("node-0", 5)) == "dump"  # before Ray Train has noticed
+    told = []
+
+    def dumps(node):
+        told.append(watch.report(3, NodeReport(node, 5, dumped=True)))
+
+    took = last_words(
+        watch, clock, *(lambda n=n: dumps(f"node-{n}") for n in range(3)), lambda: dumps("node-0")
+    )
+    assert told == ["dump"] * 3 and took == 1.5  # and are not told to end
+    assert watch.news().hang is None
+
+
+def test_nodes_that_are_gone_or_too_slow_hold_nothing_up(monkeypatch):
+    watch, clock = failing(monkeypatch, 1)
+    again = [lambda: watch.report(3, NodeReport("node-0", 5))] * 20
+    assert last_words(watch, clock, *again) == module._LAST_DUMP_S
+    # Node 1 is lost: nothing was heard of it since, and Ray has found out by itself.
+    watch, clock = failing(monkeypatch, 75)
+    clock.now += 2 * INTERVAL + 2
+    for node in (0, 2):
+        watch.report(3, NodeReport(f"node-{node}", 5, dumped=True))
+    assert last_words(watch, clock) <= 0.5
+    # The rank that tells of a node has ended: it has seen to the others there.
+    watch, clock = failing(monkeypatch, -9)
+    watch.ended(3, 2, End(1))
+    for node in (0, 2):
+        watch.report(3, NodeReport(f"node-{node}", 5, dumped=True))
+    assert last_words(watch, clock) <= 0.5
+
+
+def test_a_lost_node_has_the_others_dump_without_a_word_of_its_own(monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    clock = Clock()
+    watch, _ = joined(4, 2, clock=clock)
+    watch.report(3, NodeReport("node-0", 5))
+    told = []
+    dumps = [lambda: told.append(watch.report(3, NodeReport("node-0", 5, dumped=len(told) > 0)))]
+    assert last_words(watch, clock, *dumps * 2) == 1.0 and told == ["dump", "dump"]
+
+
+def test_users_errors_and_good_ends_are_not_held_up(monkeypatch):
+    for codes in ((2, 1), (0, 0), (75, 75), (75, 130)):
+        clock = Clock()
+        watch, _ = joined(2, 1, clock=clock)
+        watch.report(3, NodeReport("node-0", 5))
+        for rank, code in enumerate(codes):
+            watch.ended(3, rank, End(code))
+        assert last_words(watch, clock) == 0
+    watch, clock = failing(monkeypatch, 2)
+    assert watch.report(3, NodeReport("node-0", 5)) == "go on"
+    assert last_words(watch, clock) == 0
+
+
+def test_a_hang_names_the_setting_and_what_took_long_is_kept():
+    clock = Clock()
+    watch, _ = joined(2, 1, clock=clock)
+    slow = Overdue(1, "save", 5, 70.0, 60.0, "S", "recovery.hang.first")
+    words = blamed([(slow, "node-1")], []).words
+    assert "longer than the 60 s that it may take (recovery.hang.first)" in words
+    watch.report(3, NodeReport("node-0", 5, longest={"step 0": 2.0, "canary 0": 1.0}))
+    watch.report(3, NodeReport("node-1", 5, longest={"step 0": 3.0}))
+    assert watch.news().longest == {"step 0": 3.0, "canary 0": 1.0}
 
 
 def test_a_rank_that_goes_on_in_time_is_no_hang():

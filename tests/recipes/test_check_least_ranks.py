@@ -75,3 +75,7 @@ def test_the_outline_says_what_binds_on_a_cluster_only_where_a_recipe_does():
         "on a cluster only: 10 new starts after lost nodes and dead or hanging ranks, "
         "3 new starts after preemptions"
     ]
+    assert lines("recovery.wait=20min", "recovery.hang.first=1h") == [
+        "on a cluster only: waits 1200 s for nodes, hangs are told after 300 s, 3600 s the first "
+        "time, 7200 s for data"
+    ]

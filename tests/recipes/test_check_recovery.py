@@ -14,6 +14,8 @@ TWO_STAGES = str(Path(__file__).parent / "two_stages.yaml")
 CPU = Machine(gpus=0, cores=64)
 
 CASES = {
+    "hang.first": ("{hang: {first: 10s}}", "300 or more, as recovery.hang.least"),
+    "hang.data": ("{hang: {first: 3h}}", "data: 10800, or lower recovery.hang.first"),
     "sigma": ("{sigma: 5}", "5; no such setting: without spike: skip or rewind it"),
     "window": ("{nonfinite: skip, window: 64}", "64; no such setting: without spike"),
     "max_skips": ("{spike: rewind, max_skips: 3}", "without nonfinite or spike: skip it"),
@@ -48,6 +50,7 @@ def test_all_settings_without_effect_are_told_at_once():
     "written",
     [
         "{grace: 30s}",
+        "{wait: 0, hang: {least: 10, first: 20, data: 30min}}",
         "{retries: {infrastructure: 0, preemption: 3}}",
         "{nonfinite: skip, max_skips: 3}",
         "{spike: skip, sigma: 5, window: 64, max_skips: 3}",
@@ -68,7 +71,8 @@ def test_a_resolved_recipe_writes_every_default_and_is_let_through():
     ("written", "path"),
     [("{spike: abort}", "recovery.spike"), ("{nonfinite: none}", "recovery.nonfinite"),
      ("{spike: skip, sigma: 0}", "recovery.sigma"), ("{spike: skip, window: 1}", "recovery.window"),
-     ("{grace: 0}", "recovery.grace"),
+     ("{grace: 0}", "recovery.grace"), ("{wait: -1}", "recovery.wait"),
+     ("{hang: {least: 0}}", "recovery.hang.least"),
      ("{retries: {infrastructure: -1}}", "recovery.retries.infrastructure"),
      ("{retries: {infrastructure: null}}", "recovery.retries.infrastructure"),
      ("{retries: {preemption: many}}", "recovery.retries.preemption"),

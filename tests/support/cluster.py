@@ -166,10 +166,11 @@ class Drive:
     ) -> None:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         recipe = run_dir.parent / f"{run_dir.name}.yaml"
-        recipe.write_text(yaml.safe_dump(settings))
+        recovery = {"wait": 20, **settings.get("recovery", {})}
+        recipe.write_text(yaml.safe_dump({**settings, "recovery": recovery}))
         self.run_dir, self.output = run_dir, run_dir.parent / f"{run_dir.name}.out"
         words = ["--run-id", run_dir.name, "--run-dir", str(run_dir), "--name", "tiny"]
-        words += ["--recipe", str(recipe), "--interval", "0.5", "--wait", "20", *more]
+        words += ["--recipe", str(recipe), "--interval", "0.5", *more]
         with self.output.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "longspan.cluster.driver", *words],

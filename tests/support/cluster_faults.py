@@ -38,6 +38,14 @@ def kill_rank(scene: Scene) -> tuple[str, str]:
     return "infrastructure", "rank 1 was killed by SIGKILL"
 
 
+def kill_rank_beside_another(scene: Scene) -> tuple[str, str]:
+    """The process of a rank dies, and the other one stays in what it is at, as with NCCL."""
+    ranks = scene.drive.workers()
+    kill(ranks[0], signal.SIGSTOP)
+    kill(ranks[1])
+    return "infrastructure", "rank 1 was killed by SIGKILL"
+
+
 def kill_worker(scene: Scene) -> tuple[str, str]:
     """The Ray worker that minds a rank dies."""
     kill(parent(scene.drive.workers()[1]))

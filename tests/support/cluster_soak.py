@@ -40,7 +40,7 @@ class Plan:
         every: Steps between checkpoints.
         apart: Steps from one fault to the next, in the mean.
         seed: Of kinds and moments.
-        floor: Seconds that anything may take before it is a hang.
+        least: Seconds that anything may take before it is a hang.
         first: Seconds that something may take of which nothing is known yet.
         interval: Seconds between two reports of a node.
     """
@@ -50,7 +50,7 @@ class Plan:
     every: int
     apart: int
     seed: int
-    floor: float
+    least: float
     first: float
     interval: float
 
@@ -64,20 +64,21 @@ class Plan:
         raw = tiny_settings(texts, 2 * self.steps, self.every)
         checkpoint = {"every": self.every, "keep": 1, "tries": 1, "misses": 1}
         checkpoint |= {} if where is None else {"where": str(where)}
-        retries = {"infrastructure": 10 * self.faults + 10}
+        recovery = {
+            "retries": {"infrastructure": 10 * self.faults + 10},
+            "wait": 120,
+            "hang": {"least": self.least, "first": self.first, "data": self.first},
+        }
         return {
             **raw,
             "stages": raw["stages"][:1],
             "checkpoint": checkpoint,
-            "recovery": {"retries": retries},
+            "recovery": recovery,
         }
 
     def options(self) -> tuple[str, ...]:
         """Of the driver."""
-        words = ["--no-preflight", "--wait", "120"]
-        for name in ("floor", "first", "interval"):
-            words += [f"--{name}", str(getattr(self, name))]
-        return tuple(words)
+        return "--no-preflight", "--interval", str(self.interval)
 
 
 @dataclass(frozen=True)
