@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from longspan.cluster.interfaces import Interface, find_interface
+from longspan.cluster.limits import Limits
 from longspan.cluster.rank import Rank, Task
 from longspan.cluster.settings import ClusterSettings
 from longspan.cluster.station import Station
 from longspan.cluster.watch import Assignment
 from longspan.errors import RunError
+from longspan.trainer.recovery_settings import HangSettings
 from pydantic import ValidationError
 
 NODE = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "10.0.0.5", "eth1": "10.1.0.5",
@@ -60,7 +62,8 @@ def variables(monkeypatch, tmp_path, wanted, host, own=OWN):
     monkeypatch.setattr("longspan.cluster.rank.free_port", lambda *addresses: addresses)
     monkeypatch.setattr("longspan.cluster.station.tempfile.gettempdir", lambda: str(tmp_path))
     watch = SimpleNamespace(join=SimpleNamespace(remote=lambda attempt, place: told.append(place)))
-    task = Task(str(tmp_path), 1, watch, 1.0, 1.0, 1.0, 1.0, interface=wanted)
+    limits = Limits(HangSettings())
+    task = Task(str(tmp_path), 1, watch, 1.0, limits, 1.0, interface=wanted)
     rank = Rank(task, 0, 2)
     rank._station = Station(tmp_path, 1, "0" * 56)
     environment = rank._environment(rank._join())

@@ -125,7 +125,7 @@ def test_a_replacement_meets_those_in_use_and_only_it_is_judged(tmp_path, monkey
     crew = _Looked([known, new], tmp_path, [new.name] * cut)
     monkeypatch.setattr(module, "Crew", crew)
     monkeypatch.setattr(module.dashboard, "where", lambda: None)
-    card = {"name": "CPU", "flops": 1e12, "right": True}
+    card = {"name": "CPU", "flops": 1e12, "core_flops": 1e11, "right": True}
     monkeypatch.setattr(devices, "probe", lambda limit_s: {"gpus": 0, "devices": [card]})
     found = module.preflight([new], short_run(), tmp_path, beside=[known])
     assert {result.node for result in found.results} == {new.name}

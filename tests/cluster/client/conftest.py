@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from longspan import cli
+from longspan.recipes.loading import load_recipe
 from support.dashboard import Dashboard
+from support.recorded import leave_run
 
 TOKEN = "right-token-0123456789"
 
@@ -94,3 +96,21 @@ def longspan(monkeypatch, capfd):
         return caught.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def mine(longspan, lab):
+    """A run that was submitted."""
+    assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
+    return "mine"
+
+
+@pytest.fixture
+def folder(storage, mine):
+    """Leaves the run's folder as an attempt would; visible from here."""
+
+    def leave(steps: int = 3, end: tuple[int, str] | None = (75, "stopped")):
+        run = load_recipe("smoke").run()
+        return leave_run(storage / "runs" / "mine", steps, end, run, "smoke")
+
+    return leave

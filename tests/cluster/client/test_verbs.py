@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from longspan.cluster import listing, output, standing, stop
+from longspan.cluster import listing, standing, stop
 from longspan.cluster.jobs import Job, Jobs
 from longspan.cluster.registry import Record, Registry
 from longspan.cluster.standing import merged
-from longspan.recipes.loading import load_recipe
 from longspan.trainer.observe.events import EventLog
 from support.recorded import leave_run
 
@@ -21,26 +20,6 @@ from support.recorded import leave_run
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(stop, "_POLL_S", 0.02)
-    monkeypatch.setattr(output, "_POLL_S", 0.02)
-    monkeypatch.setattr(output, "_RETRY_S", 0.02)
-
-
-@pytest.fixture
-def mine(longspan, lab):
-    """A run that was submitted."""
-    assert longspan("submit", "smoke", "--run-id", "mine")[0] == 0
-    return "mine"
-
-
-@pytest.fixture
-def folder(storage, mine):
-    """Leaves the run's folder as an attempt would; visible from here."""
-
-    def leave(steps: int = 3, end: tuple[int, str] | None = (75, "stopped")):
-        run = load_recipe("smoke").run()
-        return leave_run(storage / "runs" / "mine", steps, end, run, "smoke")
-
-    return leave
 
 
 def later(seconds: float, do) -> None:
@@ -143,74 +122,6 @@ def test_resume_is_another_job_for_the_same_folder(longspan, dashboard, mine, st
     assert longspan("resume", f"{storage}/runs/mine")[0] == 0
     assert list(dashboard.jobs)[-1] == "mine-8"
     assert longspan("resume", "mine", "--exactness", "best")[0] == 2
-
-
-def test_logs_are_the_output_of_the_newest_job(longspan, dashboard, mine):
-    dashboard.output["mine-1"] = (
-        "2026-11-26 23:28:53,755\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
-        + dashboard.output["mine-1"]
-    )
-    assert longspan("logs", "mine") == (0, "", "note: mine (running) has said nothing yet\n")
-    dashboard.output["mine-1"] += "first\n"
-    assert longspan("logs", "mine") == (0, "first\n", "")
-    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 75)
-    assert longspan("resume", "mine")[0] == 0
-    assert longspan("logs", "mine")[1] == ""
-
-
-@pytest.mark.parametrize(
-    ("status", "exit_code", "code", "word"),
-    [("SUCCEEDED", 0, 0, "complete"), ("FAILED", 75, 75, "stopped"), ("FAILED", 2, 2, "failed"),
-     ("FAILED", None, 1, "failed"), ("STOPPED", None, 75, "stopped")],
-)  # fmt: skip
-def test_following_ends_with_the_run(longspan, dashboard, mine, status, exit_code, code, word):
-    job = dashboard.jobs["mine-1"]
-
-    def work():
-        for number in range(5):
-            time.sleep(0.05)
-            dashboard.output["mine-1"] += f"step={number}\n"
-        dashboard.end(job, status, exit_code)
-
-    later(0, work)
-    found, out, err = longspan("logs", "-f", "mine")
-    assert (found, err) == (code, f"\nmine: {word}\n")
-    assert out == "".join(f"step={n}\n" for n in range(5))
-
-
-def test_a_connection_that_breaks_off_loses_and_repeats_nothing(longspan, dashboard, mine):
-    dashboard.output["mine-1"] += "half of a"
-    dashboard.breaks_off = 3
-
-    def work():
-        dashboard.output["mine-1"] += " line\nlast\n"
-        dashboard.end(dashboard.jobs["mine-1"], "SUCCEEDED", 0)
-
-    later(0.4, work)
-    code, out, _ = longspan("logs", "-f", "mine")
-    assert code == 0
-    assert out == "half of a line\nlast\n"
-
-
-def test_the_last_words_are_printed_also_if_the_stream_ends_before(longspan, dashboard, mine):
-    dashboard.withholds = len("rd\nerror: too few nodes\n")
-
-    def work():
-        dashboard.output["mine-1"] += "half a word\nerror: too few nodes\n"
-        dashboard.end(dashboard.jobs["mine-1"], "FAILED", 2)
-
-    later(0.1, work)
-    assert longspan("logs", "-f", "mine")[:2] == (2, "half a word\nerror: too few nodes\n")
-
-
-def test_a_cluster_that_goes_down_ends_the_following_in_the_end(
-    longspan, dashboard, mine, monkeypatch
-):
-    monkeypatch.setattr(output, "_RETRIES", 2)
-    dashboard.output["mine-1"] += "first\n"
-    later(0.3, dashboard.stop)
-    code, out, err = longspan("logs", "-f", "mine")
-    assert code == 2 and "cluster lab" in err and out == "first\n"
 
 
 def test_stop_waits_until_it_has_saved(longspan, dashboard, folder):
@@ -346,17 +257,6 @@ def test_checkpoints_are_looked_after_by_the_id(longspan, folder):
     for verb in (("verify", "mine"), ("show", "mi"), ("diff", "mine@3", "2")):
         code, _, said = longspan("checkpoint", *verb)
         assert code == 2 and "checkpoint" in said and str(directory) in said, said
-
-
-def test_files_of_ranks_are_where_the_folder_is(longspan, mine, folder):
-    code, _, err = longspan("logs", "mine", "--rank", "1")
-    assert code == 2 and "is not visible from here" in err
-    directory = folder(3)
-    code, _, err = longspan("logs", "mine", "--rank", "1")
-    assert code == 2 and "has no log of rank 1" in err and "no logs of ranks" in err
-    (directory.logs / "rank-0.log").write_text("hello\n")
-    assert longspan("logs", "mine", "--rank", "0")[:2] == (0, "hello\n")
-    assert "there are logs of ranks 0" in longspan("logs", "mine", "--rank", "1")[2]
 
 
 def test_a_recipe_that_this_version_cannot_read(longspan, dashboard, mine):
