@@ -34,6 +34,7 @@ from ..trainer.failure import (
     INTERRUPTED,
     STOPPED,
     USER_ERROR,
+    Failure,
     clear_failures,
     shown,
 )
@@ -162,7 +163,8 @@ class Driver:
                     self._announce(directory, store, attempt, crew)
                     verdict = self._attempt(directory, attempt, crew, watch, crews.settle)
                 except LongspanError as error:
-                    ended(directory.events, attempt, error.exit_code)
+                    why = Failure(0, "user", error.what, "", time.time())
+                    ended(directory.events, attempt, error.exit_code, why)
                     raise
                 ended(directory.events, attempt, verdict.code, verdict.failure)
                 if (cause := verdict.cause) not in ("infrastructure", "preemption"):
@@ -203,6 +205,7 @@ class Driver:
         self, directory: RunDirectory, nodes: Sequence[Node], beside: Sequence[Node]
     ) -> dict[str, str]:
         """What is wrong with nodes, by id; they meet those beside them."""
+        self._voice.say(f"looking at {len(nodes)} node{'s' * (len(nodes) > 1)}")
         log = EventLog(directory.events, newest_attempt(directory.events))
         report = preflight(
             nodes, self._run, directory.path,

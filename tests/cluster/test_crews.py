@@ -199,7 +199,7 @@ def test_nodes_that_come_later_have_to_be_like_those_that_came_first(world, monk
     monkeypatch.setattr(driver, "preflight", preflight)
     directory = create_or_open(world.path, tiny_run(ranks=2), "tiny")
     options = driver.Options(run_id="tiny", run_dir=world.path, name="tiny")
-    leader = driver.Driver(tiny_run(ranks=2), options, SimpleNamespace())
+    leader = driver.Driver(tiny_run(ranks=2), options, SimpleNamespace(say=world.said.append))
     for node in (world.node("a", 2), world.node("b", 2)):
         assert leader._look_at(directory, [node], []) == {}
     assert asked == [None, {"torch": "2.1"}]

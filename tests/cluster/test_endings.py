@@ -104,6 +104,8 @@ def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     cluster.kill_node(cluster.nodes[1])
     assert drive.ends() == 2, drive.text()
     said = drive.said()
+    (ended,) = (event for event in drive.events("ended") if event["attempt"] == 2)
+    assert ended["reason"].startswith("too few nodes after 3 s")
     assert "too few nodes after 3 s (recovery.wait): the run wants 2 ranks, 1 at least, the" in said
     assert "the nodes have 1 free cores" in said
     assert "was lost" in said and "--exactness E1" in said
