@@ -59,7 +59,7 @@ BESIDE = [
 ]
 
 
-@pytest.mark.parametrize("name", sample("mechanisms for twenty steps", MECHANISMS, 4))
+@pytest.mark.parametrize("name", sample("mechanisms for twenty steps", MECHANISMS, 3))
 def test_twenty_steps_of_context_ranks_beside_others(worlds, name):
     """Recomputed, and one context rank has a spare row."""
     attention = {"stage__attention": MECHANISMS[name]}
