@@ -133,7 +133,9 @@ def _infrastructure(found: Evidence, failure: Failure | None) -> Verdict:
     if found.lost:
         ranks = [rank for rank, node in found.nodes.items() if node in found.lost]
         names = ", ".join(node[:8] for node in found.lost)
-        words = f"lost node {names}, with rank{'s' * (len(ranks) > 1)} {_few(ranks)}"
+        words = f"lost node {names}"
+        if ranks:  # it may be lost before any has joined
+            words += f", with rank{'s' * (len(ranks) > 1)} {_few(ranks)}"
         return Verdict("infrastructure", CRASHED, _words(words), tuple(found.lost))
     if found.died:
         words = f"the worker process of rank {_few(sorted(found.died))} ended"

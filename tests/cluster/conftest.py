@@ -22,6 +22,7 @@ def _close():
         _started.pop().close()
 
 
+@pytest.hookimpl(trylast=True)  # the test's own fixtures go first
 def pytest_runtest_teardown(item, nextitem):
     """The cluster goes with the last test of this folder: it would slow down those that follow."""
     if nextitem is None or Path(__file__).parent not in nextitem.path.parents:

@@ -33,7 +33,7 @@ def assert_a_users_error_ends_the_run_at_once(cluster, reference, texts, tmp_pat
     assert drive.ends() == 2, drive.text()
     said = drive.said()
     assert "error:" in said and "nothing.txt" in said and "fix:" in said
-    assert "Traceback" not in said and "retry" not in said
+    assert "Traceback" not in said and "retry" not in said, said
     assert len(drive.events("launched")) == 1
 
 
@@ -55,7 +55,7 @@ def assert_a_full_disk_ends_the_run_at_once(cluster, reference, texts, tmp_path)
         subprocess.run(["umount", str(disk)], check=False)
     said = drive.said()
     assert "no space left" in said and "free some space" in said
-    assert "Traceback" not in said and "retry" not in said
+    assert "Traceback" not in said and "retry" not in said, said
     assert len(drive.events("launched")) == 1
 
 
@@ -97,6 +97,7 @@ def assert_a_stopped_and_a_killed_driver_lose_nothing(cluster, reference, texts,
 def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     # One rank cannot share sequences with another one, as the second stage wants it.
     (short, _) = cluster_run(texts)["stages"]
+    short = {**short, "tokens": 2 * short["tokens"]}
     changes = {"ranks_at_least": 1, "stages": [short], "recovery": {"wait": 3}}
     run, more = cluster_run(texts, **changes), QUICK
     drive = Drive(cluster, run, tmp_path / "run", *more)
@@ -113,8 +114,8 @@ def assert_fewer_ranks_do_where_they_may(cluster, reference, texts, tmp_path):
     assert again.ends() == 0, again.text()
     said = again.said()
     assert "with 1 rank on 1 node" in said and "exactness E1" in said
-    assert newest_step(again.run_dir) == STEPS // 2
-    losses = {e["step"]: e["loss"] for e in again.events("step")}
+    assert newest_step(again.run_dir) == STEPS
+    losses = {e["step"]: e["loss"] for e in again.events("step") if e["step"] <= STEPS // 2}
     wanted = {step: reference.steps[step]["loss"] for step in range(1, STEPS // 2 + 1)}
     assert losses == pytest.approx(wanted, rel=1e-4)
 
