@@ -88,5 +88,7 @@ def test_the_first_failure_is_shown_and_its_node_struck():
     said = verdict(failures=[failure(1, "user", time=1.0), PEER], ends=ends(r0=1, r1=2))
     assert said.failure.rank == 1
     assert verdict(lost=["b"]).struck == ("b",) and "rank 1" in verdict(lost=["b"]).failure.message
+    early = verdict(lost=["b"], nodes={})  # before any rank has joined
+    assert early.failure.message == "lost node b"
     assert verdict(hang=Hang(LATE, "", "hangs")).struck == ()
     assert verdict(ends={0: End(75, True, ("b",)), 1: End(75, True, ("b",))}).struck == ("b",)
