@@ -54,6 +54,7 @@ from .node_secrets import take_secrets
 from .nodes import Device, Node
 from .placement import group_of, split_groups
 from .preflight.preflight import preflight
+from .preflight.report import healthy
 from .rank import RANKS_LOCK, Task
 from .recovery import recovery_line
 from .voice import Voice
@@ -112,7 +113,7 @@ class Driver:
         self._signals = 0
         self._budgets = Budgets(run.recovery)
         self._versions: Mapping[str, str] | None = None
-        """Of the nodes that were looked at first: those that come later must have the same."""
+        """Of the first look that found a fit node: those that come later must have the same."""
 
     def lead(self) -> int:
         """Train, or go on, until the run ends.
@@ -211,7 +212,7 @@ class Driver:
             nodes, self._run, directory.path,
             beside=beside, interface=self._options.interface, log=log, like=self._versions,
         )  # fmt: skip
-        self._versions = report.versions
+        self._versions = self._versions or (report.versions if healthy(report) else None)
         log.close()
         for problem in report.problems:
             self._voice.say(f"{problem.level}: {problem.node}: {problem}")

@@ -9,6 +9,7 @@ from longspan.cluster.causes import Verdict
 from longspan.cluster.crews import Crews
 from longspan.cluster.nodes import Node
 from longspan.cluster.preflight.report import Report
+from longspan.cluster.preflight.result import Result
 from longspan.errors import RunError
 from longspan.trainer.observe.events import EventLog, read_events
 from longspan.trainer.run_directory import create_or_open
@@ -203,6 +204,23 @@ def test_nodes_that_come_later_have_to_be_like_those_that_came_first(world, monk
     for node in (world.node("a", 2), world.node("b", 2)):
         assert leader._look_at(directory, [node], []) == {}
     assert asked == [None, {"torch": "2.1"}]
+
+
+def test_where_every_node_of_a_look_failed_its_versions_are_no_law(world, monkeypatch):
+    world, asked = world(a=2), []
+
+    def preflight(nodes, *_, like, **__):
+        asked.append(like)
+        wrong = Result(nodes[0].name, "versions", "fail", "torch missing", "torch", "install it")
+        return Report(nodes, [wrong] * (len(asked) == 1), 0.1, {"torch": f"2.{len(asked)}"})
+
+    monkeypatch.setattr(driver, "preflight", preflight)
+    directory = create_or_open(world.path, tiny_run(ranks=2), "tiny")
+    options = driver.Options(run_id="tiny", run_dir=world.path, name="tiny")
+    leader = driver.Driver(tiny_run(ranks=2), options, SimpleNamespace(say=world.said.append))
+    found = [leader._look_at(directory, [world.node(id, 2)], []) for id in "abc"]
+    assert [list(problems) for problems in found] == [["a"], [], []]
+    assert asked == [None, None, {"torch": "2.2"}]
 
 
 def test_a_driver_that_is_asked_to_stop_waits_no_longer(world):

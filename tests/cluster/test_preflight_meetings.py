@@ -4,7 +4,7 @@ import time
 
 import pytest
 from longspan.cluster.nodes import Node
-from longspan.cluster.preflight import devices, groups
+from longspan.cluster.preflight import devices, groups, versions
 from longspan.cluster.preflight import preflight as module
 from longspan.cluster.preflight.inspector import Inspector
 from support.short_run import short_run
@@ -119,14 +119,35 @@ class _Looked(_Crew):
         return answers
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_replacement_meets_those_in_use_and_only_it_is_judged(tmp_path, monkeypatch, cut):
-    known, new = node(1), node(2)
-    crew = _Looked([known, new], tmp_path, [new.name] * cut)
-    monkeypatch.setattr(module, "Crew", crew)
+@pytest.fixture
+def looked(tmp_path, monkeypatch):
+    """A crew in this process, for `preflight`, by its nodes and those that cannot be reached."""
     monkeypatch.setattr(module.dashboard, "where", lambda: None)
     card = {"name": "CPU", "flops": 1e12, "core_flops": 1e11, "right": True}
     monkeypatch.setattr(devices, "probe", lambda limit_s: {"gpus": 0, "devices": [card]})
+
+    def make(nodes, cut=()):
+        crew = _Looked(nodes, tmp_path, cut)
+        monkeypatch.setattr(module, "Crew", crew)
+        return crew
+
+    return make
+
+
+def test_a_later_node_has_to_have_the_versions_that_are_asked_for(looked, tmp_path):
+    new = node(2)
+    looked([new])
+    own = versions.probe()
+    for like, level in ((own, "ok"), ({**own, "torch": "0.1"}, "fail")):
+        found = module.preflight([new], short_run(), tmp_path, like=like)
+        levels = [r.level for r in found.results if r.check == "versions"]
+        assert (levels, found.versions) == ([level], like)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_replacement_meets_those_in_use_and_only_it_is_judged(looked, tmp_path, cut):
+    known, new = node(1), node(2)
+    crew = looked([known, new], [new.name] * cut)
     found = module.preflight([new], short_run(), tmp_path, beside=[known])
     assert {result.node for result in found.results} == {new.name}
     assert crew.asked["look"] == [new.name] and crew.asked["greet"] == [known.name]
