@@ -34,12 +34,12 @@ def environment():
 
 def test_the_command_line_is_what_a_submission_writes():
     more = ["--exactness", "E1", "--interface", "eth0", "--device", "gpu", "--from", "8"]
-    more += ["--ranks", "4"]
+    more += ["--ranks", "4", "--slots", "8"]
     options, recipe = _parse([*WORDS, "--secrets", "A=/x", "B=/y=z", *more])
     assert str(recipe) == "recipe.yaml"
     assert options.secrets == (("A", "/x"), ("B", "/y=z")) and options.from_step == 8
     assert (options.exactness, options.interface, options.preflight) == ("E1", "eth0", True)
-    assert (options.device, options.ranks) == ("gpu", 4)
+    assert (options.device, options.ranks, options.slots) == ("gpu", 4, 8)
     options, _ = _parse(WORDS)
     assert options == Options("r", options.run_dir, "n")
 
