@@ -153,6 +153,17 @@ def test_ranks_on_gpus_keep_what_their_collectives_did_last(rank, tmp_path, monk
     assert not [name for name in rank._environment(given) if name.startswith("TORCH_")]
 
 
+def test_of_ranks_that_hang_only_those_that_live_are_dumped(rank, tmp_path, monkeypatch):
+    for number, pid in ((0, os.getpid()), (1, 2**22 + 1)):
+        rank._station.started(number, pid)
+    rank._report = "asked"
+    monkeypatch.setattr(rank._ray, "wait", lambda *_, **__: ([1], []), raising=False)
+    monkeypatch.setattr(rank._ray, "get", lambda *_, **__: "dump")
+    assert rank._heard() == "dump" and rank._dumped
+    found = [path.name for path in (tmp_path / "run" / "logs").glob("stack-*")]
+    assert found == ["stack-attempt-2-rank-0.txt"]
+
+
 @pytest.mark.parametrize(("code", "shown"), [(-9, True), (1, True), (2, False), (75, False)])
 def test_a_rank_that_fails_shows_the_others_of_its_node(rank, tmp_path, monkeypatch, code, shown):
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
