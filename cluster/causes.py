@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import LongspanError
 from ..trainer.failure import (
     COMPLETE,
     CRASHED,
@@ -115,6 +116,18 @@ def judge(found: Evidence, describe: Callable[[int, int], Failure]) -> Verdict:
     if failure is not None and not taken_along and _is_the_users(failure, bad):
         return Verdict("user", failure.exit_code, failure)
     return _infrastructure(found, failure)
+
+
+def broken_off(error: Exception) -> Verdict:
+    """Why an attempt ended that the driver itself could not lead to its end.
+
+    Args:
+        error: What it met; one that is not ours is a defect, or the cluster's.
+    """
+    if isinstance(error, LongspanError):
+        failure = Failure(0, "user", error.what, "", time.time())
+        return Verdict("user", error.exit_code, failure)
+    return Verdict("infrastructure", CRASHED, _words(f"{type(error).__name__}: {error}"))
 
 
 def _is_the_users(failure: Failure, codes: Mapping[int, int]) -> bool:

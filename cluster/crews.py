@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..errors import RunError
 from ..trainer.exactness import Level
@@ -20,6 +21,9 @@ from .placement import place, unit_of
 from .voice import Voice
 
 _POLL_S = 1.0
+_RENEW_S = 15.0
+"""Between two requests for nodes: another run's takes the place of ours, and others take nodes."""
+
 _STRIKES = 2
 _BESIDE = 8
 """Known nodes that new ones meet: enough to tell who is cut off, and few enough to be quick."""
@@ -38,8 +42,14 @@ class Crews:
         consent: The level of exactness that this launch may fall to.
         preflight: Looks at new nodes, which meet known ones that are free (the second argument),
             and says what is wrong, by id; None: they are taken as fit.
-        device: What every rank is to have; None: GPUs if any are up, else cores.
-        planned: Ranks to wait for, where the run says none; None: a rank for each GPU that is up.
+        device: What every rank is to have; None: as before in this run, else GPUs if any are up,
+            else cores.
+        planned: Ranks to wait for, where the run says none; None: as before in this run, else a
+            rank for each GPU that is up.
+        slots: Ranks that the largest node takes that there can be; 0: as those that are up.
+
+    Attributes:
+        planned: As given, or as before in this run.
     """
 
     def __init__(
@@ -51,31 +61,35 @@ class Crews:
         preflight: Callable[[Sequence[Node], Sequence[Node]], Mapping[str, str]] | None = None,
         device: Device | None = None,
         planned: int | None = None,
+        slots: int = 0,
     ) -> None:
         self._preflight, self._known = preflight, set[str]()
         self._run, self._directory, self._voice, self._consent = run, directory, voice, consent
-        events = read_events(directory.events)
-        self._excluded = {
-            e["node"]: str(e["reason"])
-            for e in events
-            if e["event"] == "excluded" and e.get("kind") in _LASTING
-        }
+        self._excluded: dict[str, str] = {}
         """Nodes that stay out, and why; Ray numbers a node anew when it is started again."""
+        before: Mapping[str, Any] = {}
+        for event in read_events(directory.events):
+            if event["event"] == "excluded" and event.get("kind") in _LASTING:
+                self._excluded[event["node"]] = str(event["reason"])
+            elif event["event"] == "launched" and "device" in event:
+                before = event
         self._strikes: dict[str, int] = {}
         self._fewer = False
         """Whether nodes were waited for in vain: it is not done again at every attempt."""
         self._names: dict[str, str] = {}
         self._ranks: int | None = None
         """Of the first attempt."""
-        self._device: Device | None = device
-        self._planned = planned
+        # Whoever resumes a run without a record of it cannot say what was decided at submission.
+        self._device: Device | None = device or before.get("device")
+        self.planned: int | None = planned or before.get("ranks")
+        self._largest = slots
         self._growth = Growth()
 
     def next(self, asked: Callable[[], bool]) -> Crew | None:
         """Nodes for the next attempt, as soon as there are enough; None once asked to stop.
 
         They are waited for as long as `recovery.wait` says; then fewer ranks may have to do. A
-        cluster that grows is asked for what is missing, until `settle`.
+        cluster that grows is asked for what is missing, again and again, until `settle`.
 
         Args:
             asked: Whether the driver was asked to stop.
@@ -84,24 +98,29 @@ class Crews:
             RunError: There are too few.
         """
         wait = self._run.recovery.wait
-        deadline, told = time.monotonic() + wait, False
+        deadline, told, ask_at = time.monotonic() + wait, False, 0.0
         while not asked():
             found = self._found()
             late = time.monotonic() > deadline
             smaller = late or self._fewer
             crew = self._crew(found, smaller=smaller)
             # Nodes that join one by one are looked at together, once they would be enough.
-            if (crew is not None or late) and self._inspect(found):
-                crew = self._crew(found, smaller=smaller)
+            if crew is not None or late:
+                began = time.monotonic()
+                if self._inspect(found):
+                    crew, ask_at = self._crew(found, smaller=smaller), 0.0
+                deadline += time.monotonic() - began  # a look is no waiting
             if crew is not None:
                 self._fewer = late or self._fewer
                 self._ranks = self._ranks or len(crew.places)
                 return crew
             if late:
                 raise self._too_few(found)
+            if time.monotonic() >= ask_at:
+                ask_at = time.monotonic() + _RENEW_S
+                self._growth.ask(self._wish(found))
             if not told:
                 told = True
-                self._growth.ask(self._wish(found))
                 most = f"{wait:g} s at most (recovery.wait)"
                 self._voice.say(f"waiting for nodes, {most}: {self._state(found)}")
             time.sleep(_POLL_S)
@@ -136,7 +155,7 @@ class Crews:
         """What has to have room at once: the gang, and beside it what others use or is left out."""
         gpu = self._on_gpus(found)
         free = self._slots(found, gpu)
-        unit = unit_of(self._run, self._most(found, gpu))
+        unit = unit_of(self._run, max(self._largest, self._most(found, gpu)))
         sizes = [unit] * -(-self._wanted // unit)
         taken = (node.slots(gpu) - free.get(id, 0) for id, node in found.items())
         sizes += [size for size in taken if size]
@@ -180,8 +199,10 @@ class Crews:
         gpu = self._on_gpus(found)
         slots = self._slots(found, gpu)
         rested = {id: n for id, n in slots.items() if self._strikes.get(id, 0) < _STRIKES}
-        # A node that others use in part comes free: groups are not split at once for it.
-        most = max(slots.values(), default=0) if smaller else self._most(found, gpu)
+        # A larger node may come, or be in use and come free: groups are not split at once.
+        most = max(self._largest, self._most(found, gpu))
+        if smaller:
+            most = max(slots.values(), default=0)
         unit = unit_of(self._run, most)
         for ranks in self._sizes(slots, gpu, smaller=smaller):
             places = place(rested, ranks, unit) or place(slots, ranks, unit)
@@ -198,7 +219,7 @@ class Crews:
     @property
     def _wanted(self) -> int:
         """Ranks."""
-        return self._run.ranks or self._ranks or self._planned or run_ranks(self._run, 0)
+        return self._run.ranks or self._ranks or self.planned or run_ranks(self._run, 0)
 
     def _most(self, found: dict[str, Node], gpu: bool) -> int:
         """Ranks that the largest node takes, of those that are not left out."""
@@ -220,9 +241,9 @@ class Crews:
             return (self._ranks,)
         if not gpu:
             return (run_ranks(self._run, 0),)
-        if self._planned is not None and not smaller:
-            return (self._planned,)
-        most = min(sum(slots.values()), self._planned or sum(slots.values()))
+        if self.planned is not None and not (smaller and self._may_change()):
+            return (self.planned,)
+        most = min(sum(slots.values()), self.planned or sum(slots.values()))
         return tuple(n for n in range(most, 0, -1) if fits(self._run, n))
 
     def _may_change(self) -> bool:
@@ -249,14 +270,26 @@ class Crews:
 
     def _too_few(self, found: dict[str, Node]) -> RunError:
         mend = ", or mend those that are left out," if self._excluded else ""
-        otherwise = "give `ranks_at_least` so that fewer ranks may do"
-        if self._run.ranks_at_least is not None:
-            otherwise = "lower `ranks_at_least`"
+        wait = f"{self._run.recovery.wait:g} s (recovery.wait)"
+        fix = f"add nodes{mend} and resume{self._otherwise(found)}"
+        return RunError(f"too few nodes after {wait}: {self._state(found)}", fix)
+
+    def _otherwise(self, found: dict[str, Node]) -> str:
+        """How a run can go on without more nodes; no resume changes a setting."""
+        run, gpu = self._run, self._on_gpus(found)
+        slots = self._slots(found, gpu)
+        sizes = gang_sizes(run)[1:]
+        if run.ranks is None:
+            sizes = [n for n in range(self._wanted - 1, 0, -1) if gpu and fits(run, n)]
+        unit = unit_of(run, max(slots.values(), default=0))
+        if any(place(slots, ranks, unit) for ranks in sizes):
             if not self._may_change():
-                otherwise = (
-                    "let the run go on with fewer ranks, which is not bit-exact: "
+                return (
+                    ", or let the run go on with fewer ranks, which is not bit-exact: "
                     "resume with --exactness E1"
                 )
-        wait = f"{self._run.recovery.wait:g} s (recovery.wait)"
-        fix = f"add nodes{mend} and resume, or {otherwise}"
-        return RunError(f"too few nodes after {wait}: {self._state(found)}", fix)
+            return ", or resume now, with fewer ranks"
+        if run.ranks is None:
+            return ""
+        lower = "a lower" if run.ranks_at_least is not None else "a"
+        return f"; a new run can be submitted with {lower} `ranks_at_least`, so that fewer do"

@@ -34,7 +34,6 @@ from ..trainer.failure import (
     INTERRUPTED,
     STOPPED,
     USER_ERROR,
-    Failure,
     clear_failures,
     shown,
 )
@@ -45,7 +44,7 @@ from ..trainer.observe.wandb_account import check_tracking
 from ..trainer.run_directory import RunDirectory, create_or_open
 from ..trainer.settings import RunSettings
 from .budgets import Budgets, Cause
-from .causes import Verdict
+from .causes import Verdict, broken_off
 from .connection import connect
 from .crews import Crews
 from .gang import ENVIRONMENT, Crew, Gang
@@ -54,6 +53,7 @@ from .node_secrets import take_secrets
 from .nodes import Device, Node
 from .placement import group_of, split_groups
 from .preflight.preflight import preflight
+from .preflight.report import healthy
 from .rank import RANKS_LOCK, Task
 from .recovery import recovery_line
 from .voice import Voice
@@ -81,6 +81,7 @@ class Options:
         device: What every rank is to have, as it was decided at submission; None: GPUs if any are
             up, else cores.
         ranks: Of the run as they were counted at submission, where its recipe says none.
+        slots: Ranks that the largest node takes that there can be; 0: as those that are up.
         interval: Seconds between two reports of a node.
         preflight: Whether nodes are looked at before they are used.
     """
@@ -94,6 +95,7 @@ class Options:
     interface: str | None = None
     device: Device | None = None
     ranks: int | None = None
+    slots: int = 0
     interval: float = 2.0
     preflight: bool = True
 
@@ -112,7 +114,7 @@ class Driver:
         self._signals = 0
         self._budgets = Budgets(run.recovery)
         self._versions: Mapping[str, str] | None = None
-        """Of the nodes that were looked at first: those that come later must have the same."""
+        """Of the first look that found a fit node: those that come later must have the same."""
 
     def lead(self) -> int:
         """Train, or go on, until the run ends.
@@ -148,7 +150,7 @@ class Driver:
         look = partial(self._look_at, directory) if self._options.preflight else None
         crews = Crews(
             self._run, directory, self._voice, self._options.exactness, look,
-            device=self._options.device, planned=self._options.ranks,
+            device=self._options.device, planned=self._options.ranks, slots=self._options.slots,
         )  # fmt: skip
         watch = None
         try:
@@ -160,11 +162,12 @@ class Driver:
                         ended(directory.events, attempt, STOPPED)
                         return Verdict("stopped", STOPPED)
                     watch = self._begin(watch, attempt, crew)
-                    self._announce(directory, store, attempt, crew)
+                    wanted = self._run.ranks or crews.planned
+                    self._announce(directory, store, attempt, crew, wanted)
                     verdict = self._attempt(directory, attempt, crew, watch, crews.settle)
-                except LongspanError as error:
-                    why = Failure(0, "user", error.what, "", time.time())
-                    ended(directory.events, attempt, error.exit_code, why)
+                except Exception as error:
+                    broken = broken_off(error)
+                    ended(directory.events, attempt, broken.code, broken.failure)
                     raise
                 ended(directory.events, attempt, verdict.code, verdict.failure)
                 if (cause := verdict.cause) not in ("infrastructure", "preemption"):
@@ -197,7 +200,8 @@ class Driver:
     ) -> Verdict:
         """One gang, from its start to its end."""
         clear_failures(directory.path)
-        launched(directory.events, attempt, ranks=len(crew.places), nodes=list(crew.nodes))
+        ranks, device = len(crew.places), "gpu" if crew.gpu else "cpu"
+        launched(directory.events, attempt, ranks=ranks, nodes=[*crew.nodes], device=device)
         task = self._task(directory, attempt, watch, len(crew.places))
         return Gang(directory, task, crew, self._voice, lambda: self._signals, joined).run()
 
@@ -211,19 +215,22 @@ class Driver:
             nodes, self._run, directory.path,
             beside=beside, interface=self._options.interface, log=log, like=self._versions,
         )  # fmt: skip
-        self._versions = report.versions
+        self._versions = self._versions or (report.versions if healthy(report) else None)
         log.close()
         for problem in report.problems:
             self._voice.say(f"{problem.level}: {problem.node}: {problem}")
         return {n.id: str(found[0]) for n in nodes if (found := report.failures(n))}
 
-    def _announce(self, directory: RunDirectory, store: Store, attempt: int, crew: Crew) -> None:
-        ranks, nodes, wanted = len(crew.places), len(crew.nodes), self._run.ranks
+    def _announce(
+        self, directory: RunDirectory, store: Store, attempt: int, crew: Crew, wanted: int | None
+    ) -> None:
+        ranks, nodes, step = len(crew.places), len(crew.nodes), newest_step(store)
         if wanted is not None and ranks < wanted:
-            self._voice.say(f"{ranks} of {wanted} ranks have to do: exactness {described('E1')}")
+            # What no checkpoint was written of has lost nothing.
+            exactness = f": exactness {described('E1')}" if step is not None else ""
+            self._voice.say(f"{ranks} of {wanted} ranks have to do{exactness}")
         if split := split_groups(self._run, crew.unit):
             self._voice.say(f"warning: {split}")
-        step = newest_step(store)
         where = f"from the checkpoint at step {step}" if step is not None else "from the beginning"
         self._voice.say(
             f"{directory}: attempt {attempt} with {ranks} rank{'s' * (ranks > 1)} on "
@@ -374,6 +381,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, Path]:
     parser.add_argument("--no-preflight", dest="preflight", action="store_false")
     parser.add_argument("--device", choices=("gpu", "cpu"))
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--slots", type=int, default=Options.slots)
     parser.add_argument("--interval", type=float, default=Options.interval)
     given = vars(parser.parse_args(arguments))
     recipe = given.pop("recipe")

@@ -7,13 +7,15 @@ from contextlib import suppress
 
 
 class Growth:
-    """What the autoscaler is asked for. There is one such request in a cluster: the newest counts.
+    """What the autoscaler is asked for. There is one such request in a cluster: the newest counts,
+    so a driver that waits has to renew its own.
 
     A cluster without an autoscaler keeps it in mind, and nothing comes of it.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        # What a driver of this run that was killed asked for is still there.
+        self._asked = True
 
     def ask(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """Ask for nodes on which all of these have room at once, those that are up included.

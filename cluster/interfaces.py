@@ -14,7 +14,7 @@ class Interface(NamedTuple):
 
     Attributes:
         name: In full, as gloo wants it; None where no interface has the node's address.
-        address: Its IPv4 address.
+        address: Its IPv4 address; of several the node's own.
     """
 
     name: str | None
@@ -38,12 +38,11 @@ def find_interface(wanted: str | None, address: str) -> Interface:
     import psutil
 
     entries = psutil.net_if_addrs()
-    found = {
-        name: entry.address
-        for name in sorted(entries)
-        for entry in reversed(entries[name])
-        if entry.family == socket.AF_INET
-    }
+    found: dict[str, str] = {}
+    for name in sorted(entries):
+        of_one = [entry.address for entry in entries[name] if entry.family == socket.AF_INET]
+        if of_one:
+            found[name] = address if address in of_one else of_one[0]
     if wanted is None:
         return Interface(next((n for n, own in found.items() if own == address), None), address)
     listed = [part.partition(":")[0] for part in wanted.lstrip("^=").split(",")]

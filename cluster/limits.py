@@ -13,6 +13,8 @@ from ..trainer.recovery_settings import HangSettings
 EVENT = "longest"
 _FACTOR = 10.0
 _DATA = ("open", "evaluation", "proof")
+_COMPILING = ("canary", "first_step", "evaluation")
+"""What may have to compile kernels again, on a node or in a process that has none of them yet."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Limits:
             found["recovery.hang.data" if data else "recovery.hang.first"] = (
                 hang.data if data else hang.first
             )
-        learned = f"{_FACTOR:.0f} times the longest before; recovery.hang.least raises it"
+        elif beat.section in _COMPILING and not beat.longest.get(beat.section):
+            found["recovery.hang.first"] = hang.first  # known from earlier attempts only
+        learned = f"{_FACTOR:.0f} times the longest before"
         found[learned] = _FACTOR * known
         why = max(found, key=lambda name: found[name])
         return found[why], why

@@ -175,7 +175,8 @@ class Rank:
             if given.problem:
                 raise RunError(
                     f"a gang of {self._ranks} ranks cannot work: {given.problem}",
-                    "give nodes with as many GPUs each, or lower stages.*.parallel",
+                    "resume on nodes with as many GPUs each; a new run can be submitted with "
+                    "smaller stages.*.parallel",
                 )
             self._first = given.local_rank == 0
             return self._mind(self._start(given))
@@ -184,27 +185,27 @@ class Rank:
 
     def _show_others(self) -> None:
         """Write where the other ranks of this node are, before the gang is ended for this one."""
-        pids = self._station.pids().items()
-        others = {rank: pid for rank, pid in pids
-                  if rank != self._rank and process_state(pid) not in ("", "Z")}  # fmt: skip
+        others = {rank: pid for rank, pid in self._station.pids().items() if rank != self._rank}
         self._dump(others, _SHOW_OTHERS_S)
 
     def _dump(self, pids: Mapping[int, int], limit_s: float) -> None:
-        dump(pids, self._directory.logs, self._station.folder, self._task.attempt, limit_s)
+        # Of one that has ended there are no stacks, and its number may be another's by now.
+        alive = {rank: pid for rank, pid in pids.items() if process_state(pid) not in ("", "Z")}
+        dump(alive, self._directory.logs, self._station.folder, self._task.attempt, limit_s)
 
     def _join(self) -> Assignment:
         """Wait for all ranks."""
         own = self._ray.util.get_node_ip_address()
         try:
             self._interface = find_interface(self._task.interface, own)
+            address = self._interface.address
+            # Where all ranks are on one machine they meet on loopback.
+            port = free_port(address, _HERE)
         except OSError as error:
             raise RunError(
                 f"{error} on {socket.gethostname()}",
                 "name one that every node has: `interface` of the cluster",
             ) from error
-        address = self._interface.address
-        # Where all ranks are on one machine they meet on loopback.
-        port = free_port(address, _HERE)
         place = Place(self._rank, self._node, socket.gethostname(), address, port)
         answer = self._task.watch.join.remote(self._task.attempt, place)
         return self._ray.get(answer, timeout=_JOIN_S)

@@ -67,6 +67,7 @@ class Record:
         shape: What runs of equal speed share; empty where it is not known.
         device: What every rank has, `gpu` or `cpu`; empty where it was not decided here.
         ranks: How many there are; 0 where that was not decided here.
+        slots: Ranks that the largest node takes; 0 where nobody says.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Record:
     shape: str = ""
     device: str = ""
     ranks: int = 0
+    slots: int = 0
 
     @property
     def directory(self) -> RunDirectory:

@@ -104,7 +104,8 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     for warning in [*warnings, *found.warnings]:
         warn(warning)
     key = shape_key(recipe, found.ranks, cluster.name)
-    record = replace(wanted, shape=key, device=shape.kind, ranks=found.ranks)
+    slots = max(shape.slots or (0,))
+    record = replace(wanted, shape=key, device=shape.kind, ranks=found.ranks, slots=slots)
     expected = forecast(recipe, found.ranks, record.shape, registry, shape.gpu_names)
     for line in _plan(record, recipe, cluster, shape, found, expected):
         say(line)
@@ -195,6 +196,8 @@ def entrypoint(record: Record, cluster: Cluster, options: Sequence[str] = ()) ->
     # What was decided here holds there: other nodes may be up by then, or none yet.
     if record.device:
         words += ["--device", record.device, "--ranks", str(record.ranks)]
+    if record.slots:
+        words += ["--slots", str(record.slots)]
     words += options
     if settings.secrets:
         words += ["--secrets", *(f"{name}={path}" for name, path in settings.secrets.items())]

@@ -23,7 +23,8 @@ class HangSettings(Settings):
     """How long a rank on a cluster may be at one thing before that is a hang.
 
     What it has done before may take ten times the longest that it took, in this and in earlier
-    attempts; a save no less than `first`, as it may wait for storage."""
+    attempts; a save no less than `first`, as it may wait for storage, nor what each attempt may
+    have to compile kernels for: a stage's canary, first step and first evaluation."""
 
     least: Seconds = Field(default=300.0, gt=0)
     """Seconds that anything may take, however short it was before."""

@@ -30,6 +30,7 @@ def measure(crew: Crew, nodes: Sequence[Node], known: Sequence[Node] = ()) -> li
     if crew.left(_LIMIT_S) < _LEAST_S:
         return [_unmeasured(node) for node in able]
     results: list[Result] = []
+    judged = {node.name for node in able}
     ranks = {node.name: max(1, node.gpus) for node in (*known, *able)}
     if several := [node for node in able if node.gpus > 1]:
         answers = _run(crew, [[node] for node in several])
@@ -39,29 +40,46 @@ def measure(crew: Crew, nodes: Sequence[Node], known: Sequence[Node] = ()) -> li
     able = [node for node in able if node.name in present - bad]
     if not able:
         return results
-    judged = {node.name for node in able}
     able = [*(node for node in known if node.gpus or not gpu), *able]
-    if len(able) > 1 and crew.left(_LIMIT_S) < _LEAST_S:
-        results += [_unmeasured(node) for node in able if node.name in judged]
-    elif len(able) > 1:
-        answers = _run(crew, [able])
-        failed = any("error" in found for found in answers.values())
-        if failed and len(able) > 2 and crew.left(_LIMIT_S) >= _LEAST_S:
-            # All wait for the one that does not come. Pairs tell which it is, unless all of them
-            # come together; then everybody has the error.
-            pairs = _run(crew, _pairs([node for node in able if node.name in answers]))
-            if any("error" in found for found in pairs.values()):
-                answers = pairs
-        elif not failed and len(able) > 2 and _is_slow(answers, gpu):
-            answers = _by_links(crew, able) or answers
-        between = bandwidth.judge("between", answers, gpu, ranks)
-        results += [result for result in between if result.node in judged]
-    return results
+    if len(able) > 1:
+        answers = _between(crew, able, gpu)
+        if answers:
+            results += bandwidth.judge("between", answers, gpu, ranks)
+        else:
+            results += [_unmeasured(node) for node in able if node in crew.present]
+    return [result for result in results if result.node in judged]
+
+
+def _between(crew: Crew, nodes: Sequence[Node], gpu: bool) -> dict[str, Any]:
+    """The speed or error of each node with the others; nothing where no time or one is left."""
+    if crew.left(_LIMIT_S) < _LEAST_S:
+        return {}
+    answers = _run(crew, [nodes])
+    there = [node for node in nodes if node in crew.present]
+    if len(there) < len(nodes) and (_has_failed(answers) or not answers):
+        # A node that went away took the others with it, who have done nothing.
+        if len(there) < 2 or crew.left(_LIMIT_S) < _LEAST_S:
+            return {}
+        nodes, answers = there, _run(crew, [there])
+    failed = _has_failed(answers)
+    if failed and len(nodes) > 2 and crew.left(_LIMIT_S) >= _LEAST_S:
+        # All wait for the one that does not come. Pairs tell which it is, unless all of them
+        # come together; then everybody has the error.
+        pairs = _run(crew, _pairs([node for node in nodes if node.name in answers]))
+        return pairs if _has_failed(pairs) else answers
+    if not failed and len(nodes) > 2 and _is_slow(answers, gpu):
+        return _by_links(crew, nodes) or answers
+    return answers
 
 
 def _unmeasured(node: Node) -> Result:
-    fix = "see what keeps the nodes busy"
-    return Result(node.name, "bandwidth", "warn", "no time was left", "a measurement", fix)
+    fix = "see what keeps the nodes busy, or has ended"
+    found = "no time or no other node was left"
+    return Result(node.name, "bandwidth", "warn", found, "a measurement", fix)
+
+
+def _has_failed(answers: Mapping[str, Any]) -> bool:
+    return any("error" in found for found in answers.values())
 
 
 def _is_slow(answers: Mapping[str, Any], gpu: bool) -> bool:

@@ -48,11 +48,13 @@ def reference(nodes: Mapping[str, Mapping[str, str]], ours: Mapping[str, str]) -
         ours: What this process has; it need not have the GPU parts that nodes have.
 
     Returns:
-        Ours of what starts ranks, and of the rest what most nodes have.
+        Ours of what starts ranks, and of the rest what most nodes have. Those that lack something
+        count only where all do: no rank could start on them.
     """
     expected = dict(ours)
+    whole = [found for found in nodes.values() if not _lacks(found)] or [*nodes.values()]
     for name in ours:
-        counts = Counter(found.get(name, _MISSING) for found in nodes.values())
+        counts = Counter(found.get(name, _MISSING) for found in whole)
         if name not in _OURS and counts:
             # Where as many have another one, ours decides.
             expected[name] = max(counts, key=lambda value: (counts[value], value == ours[name]))
@@ -64,7 +66,7 @@ def judge(nodes: Mapping[str, Mapping[str, str]], expected: Mapping[str, str]) -
     for node, found in nodes.items():
         other = [name for name in expected if found.get(name, _MISSING) != expected[name]]
         # What no node has is the same everywhere, and no rank could start.
-        if lacks := [name for name in NEEDS if found.get(name) == _MISSING]:
+        if lacks := _lacks(found):
             words = _words(found, [*lacks, *(name for name in other if name not in lacks)])
             fix = f"on the node: {install(lacks, expected)}"
             yield Result(node, CHECK, "fail", words, "what longspan imports", fix)
@@ -78,6 +80,10 @@ def judge(nodes: Mapping[str, Mapping[str, str]], expected: Mapping[str, str]) -
         if other == ["longspan"]:
             fix = "remove longspan from the node's own packages: a submitted run brings its own"
         yield Result(node, CHECK, level, _words(found, other), _words(expected, other), fix)
+
+
+def _lacks(found: Mapping[str, str]) -> list[str]:
+    return [name for name in NEEDS if found.get(name) == _MISSING]
 
 
 def _words(versions: Mapping[str, str], names: list[str] | tuple[str, ...]) -> str:

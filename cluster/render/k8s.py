@@ -125,6 +125,8 @@ def _entrypoint(order: Order) -> str:
     words = ["--run-id", order.run_id, "--run-dir", order.run_dir]
     words += ["--name", order.name, "--recipe", f"{_MOUNT}/{_RECIPE}"]
     words += ["--device", "gpu" if order.gpus else "cpu", "--ranks", str(order.ranks)]
+    slots = min(order.gpus or order.node_cores, order.node_cores)  # none of them may be up yet
+    words += ["--slots", str(slots)]
     if order.secrets:
         words += ["--secrets", *(f"{name}={path}" for name, path in order.secrets.items())]
     if order.interface is not None:

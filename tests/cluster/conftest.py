@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from support.cluster import LocalCluster
 from support.cluster_runs import local_reference
+from support.nodes import World
 
 _started: list[LocalCluster] = []
 
@@ -46,3 +47,9 @@ def texts(tmp_path_factory):
 def reference(started_cluster, texts, tmp_path_factory):
     """The tiny run by `longspan train`."""
     return local_reference(texts, tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Makes a cluster up, by what its nodes have."""
+    return lambda **nodes: World(monkeypatch, tmp_path, **nodes)

@@ -1,69 +1,12 @@
 """Crews: which nodes work on the next attempt; Ray is not asked here, nodes are made up."""
 
-from types import SimpleNamespace
-
 import pytest
-from longspan.cluster import crews as module
-from longspan.cluster import driver, growth
 from longspan.cluster.causes import Verdict
-from longspan.cluster.crews import Crews
-from longspan.cluster.nodes import Node
-from longspan.cluster.preflight.report import Report
 from longspan.errors import RunError
-from longspan.trainer.observe.events import EventLog, read_events
+from longspan.trainer.observe.events import EventLog
 from longspan.trainer.run_directory import create_or_open
+from support.nodes import places
 from support.tiny import tiny_run
-
-
-class World:
-    """Nodes as Ray would tell of them."""
-
-    def __init__(self, monkeypatch, tmp_path, **nodes):
-        self.nodes = {id: self.node(id, has) for id, has in nodes.items()}
-        self.free, self.gone, self.said, self.asked = {}, set(), [], []
-        self.path = tmp_path / "run"
-        monkeypatch.setattr(module, "alive_nodes", lambda: tuple(self.nodes.values()))
-        monkeypatch.setattr(module, "has_gone", lambda node: node.id in self.gone)
-        monkeypatch.setattr(module, "free_slots", self.free_slots)
-        monkeypatch.setattr(module, "_POLL_S", 0.01)
-        monkeypatch.setattr(growth, "_request", lambda bundles: self.asked.append([*bundles]))
-
-    def node(self, id, has):
-        gpus, cores = has if isinstance(has, tuple) else (0, has)
-        return Node(id, f"10.0.0.{ord(id)}", gpus, cores)
-
-    def free_slots(self, gpu):
-        return {id: self.free.get(id, node.slots(gpu)) for id, node in self.nodes.items()}
-
-    def crews(self, run, consent=None, preflight=None, device=None, wait=0.05, planned=None):
-        directory = create_or_open(self.path, run, "tiny")
-        voice = SimpleNamespace(say=self.said.append)
-        recovery = run.recovery.model_copy(update={"wait": wait})
-        run = run.model_copy(update={"recovery": recovery})
-        return Crews(run, directory, voice, consent, preflight, device, planned)
-
-    def later(self, *changes):
-        """While it is waited, each of these comes, one after the other; asks nobody to stop."""
-        coming = iter(changes)
-
-        def asked():
-            if self.said:
-                next(coming, lambda: None)()
-            return False
-
-        return asked
-
-    def events(self):
-        return [e for e in read_events(self.path / "events.jsonl") if e["event"] == "excluded"]
-
-
-@pytest.fixture
-def world(monkeypatch, tmp_path):
-    return lambda **nodes: World(monkeypatch, tmp_path, **nodes)
-
-
-def places(crews):
-    return crews.next(lambda: False).places
 
 
 def infrastructure(*nodes):
@@ -148,7 +91,9 @@ def test_the_fewest_ranks_may_be_too_many_too_and_nodes_that_are_left_out_can_be
     assert "too few nodes after 0.05 s (recovery.wait): the run wants 8 ranks" in text
     assert "wants 8 ranks, 4 at least, the nodes have 2 free cores; left out: " in text
     assert "failed preflight: disk full" in text
-    assert "add nodes, or mend those that are left out, and resume, or lower" in text
+    # A resume changes no setting.
+    assert "add nodes, or mend those that are left out, and resume; a new run can be" in text
+    assert text.endswith("submitted with a lower `ranks_at_least`, so that fewer do")
 
 
 def test_without_ranks_each_gpu_has_one_and_later_attempts_as_many(world):
@@ -189,44 +134,8 @@ def test_new_nodes_are_looked_at_once_and_what_fails_is_left_out(world):
     assert looked[2] == ["a", "b", "c"]  # a later launch looks again
 
 
-def test_nodes_that_come_later_have_to_be_like_those_that_came_first(world, monkeypatch):
-    world, asked = world(a=2), []
-
-    def preflight(nodes, *_, like, **__):
-        asked.append(like)
-        return Report(nodes, [], 0.1, {"torch": f"2.{len(asked)}"})
-
-    monkeypatch.setattr(driver, "preflight", preflight)
-    directory = create_or_open(world.path, tiny_run(ranks=2), "tiny")
-    options = driver.Options(run_id="tiny", run_dir=world.path, name="tiny")
-    leader = driver.Driver(tiny_run(ranks=2), options, SimpleNamespace(say=world.said.append))
-    for node in (world.node("a", 2), world.node("b", 2)):
-        assert leader._look_at(directory, [node], []) == {}
-    assert asked == [None, {"torch": "2.1"}]
-
-
 def test_a_driver_that_is_asked_to_stop_waits_no_longer(world):
     assert world(a=1).crews(tiny_run(ranks=2), wait=60.0).next(lambda: True) is None
-
-
-def test_what_submit_decided_is_waited_for_and_a_cluster_that_grows_is_asked_once(world):
-    """A head with cores enough is up first, and a GPU node while the run waits."""
-    world = world(a=(0, 16))
-    run = tiny_run(ranks=4, stage__parallel={"tensor": 2})
-    crews = world.crews(run, device="gpu", wait=60.0)
-
-    def grows():
-        assert world.asked == [[{"CPU": 2, "GPU": 2}] * 2]
-        world.nodes["b"] = world.node("b", (4, 8))
-
-    crew = crews.next(world.later(lambda: None, grows))
-    assert crew.gpu and crew.places == ("b",) * 4
-    assert "the nodes have 0 free GPUs" in world.said[0] and "recovery.wait" in world.said[0]
-    assert len(world.asked) == 1  # until the ranks are there the nodes must not go
-    crews.settle()
-    assert world.asked[1:] == [[]]
-    crews.settle()
-    assert len(world.asked) == 2
 
 
 def test_without_ranks_as_many_as_submit_counted_are_waited_for(world):
@@ -242,36 +151,9 @@ def test_without_ranks_as_many_as_submit_counted_are_waited_for(world):
     assert places(world.crews(tiny_run(), device="gpu", planned=2)) == ("a", "a")
 
 
-def test_what_others_use_or_is_left_out_is_asked_for_beside_the_gang(world):
-    world = world(a=4, b=4, c=4)
-    world.free = {"a": 1}
-    crews = world.crews(tiny_run(ranks=8, stage__batch_tokens=8 * 64), device="cpu")
-    crews.learn(Verdict("preemption", 1, None, ("b",)))
-    with pytest.raises(RunError, match="5 free cores"):
-        places(crews)
-    assert world.asked == [[{"CPU": 1}] * 8 + [{"CPU": 3}, {"CPU": 4}]]
-
-
 def test_cores_stay_cores_where_submit_said_so(world):
     crew = world(a=(2, 8)).crews(tiny_run(ranks=4), device="cpu").next(lambda: False)
     assert not crew.gpu and crew.places == ("a",) * 4
-
-
-def test_a_cluster_without_an_autoscaler_does_not_mind(monkeypatch):
-    import ray.autoscaler.sdk as sdk
-
-    asked = []
-
-    def refuse(bundles):
-        asked.append(bundles)
-        raise RuntimeError("no autoscaler")
-
-    monkeypatch.setattr(sdk, "request_resources", refuse)
-    wish = growth.Growth()
-    wish.take_back()
-    wish.ask([{"CPU": 1}])
-    wish.take_back()
-    assert asked == [[{"CPU": 1}], []]
 
 
 def looks_of(world, looked):
@@ -316,3 +198,47 @@ def test_groups_are_split_only_after_a_wait_for_a_node_that_is_in_use(world):
     crew = world.crews(run).next(lambda: False)
     assert (crew.unit, crew.places) == (2, ("a", "a", "b", "b"))
     assert "waiting for nodes" in world.said[0]
+
+
+def launched(world, run, **fields):
+    log = EventLog(create_or_open(world.path, run, "tiny").events, 1)
+    log.write("launched", ranks=4, **fields)
+    log.close()
+
+
+def test_who_resumes_without_a_record_waits_for_what_the_run_had(world):
+    """The newest attempt tells; one of `longspan train` says nothing of a cluster."""
+    world, run = world(a=(0, 16)), tiny_run()
+    launched(world, run, device="gpu")
+    launched(world, run)
+    crews = world.crews(run, wait=60.0)
+    grows = [lambda id=id: world.nodes.update({id: world.node(id, (2, 8))}) for id in "bc"]
+    crew = crews.next(world.later(*grows))
+    assert crew.gpu and crew.places == ("b", "b", "c", "c")
+    assert world.crews(run, device="cpu", planned=2).planned == 2
+
+
+def test_without_a_record_cores_stay_cores(world):
+    world, run = world(a=(8, 8)), tiny_run(ranks=2)
+    launched(world, run, device="cpu")
+    assert not world.crews(run).next(lambda: False).gpu
+
+
+def test_without_ranks_fewer_gpus_do_only_where_the_run_may_change(world):
+    world, run = world(a=(2, 8)), tiny_run(checkpoint={"exactness": "E2"})
+    with pytest.raises(RunError, match="wants 4 ranks") as caught:
+        places(world.crews(run, device="gpu", planned=4))
+    text = str(caught.value)
+    assert text.endswith("resume with --exactness E1") and "ranks_at_least" not in text
+    crews = world.crews(run, "E1", device="gpu", planned=4)
+    assert places(crews) == ("a", "a")
+    # Later attempts have as many; a new launch may have fewer.
+    world.nodes["a"] = world.node("a", (1, 8))
+    with pytest.raises(RunError, match="or resume now, with fewer ranks"):
+        places(crews)
+
+
+def test_without_ranks_there_is_no_other_number_on_cores(world):
+    crews = world(a=1).crews(tiny_run(stage__parallel={"tensor": 2}), device="cpu")
+    with pytest.raises(RunError, match=r"add nodes and resume$"):
+        places(crews)

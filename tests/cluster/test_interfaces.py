@@ -31,6 +31,13 @@ def node(monkeypatch):
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
 
 
+def test_of_several_addresses_of_an_interface_the_nodes_own_is_taken(monkeypatch):
+    found = [SimpleNamespace(family=socket.AF_INET, address=one) for one in ("10.1.0.9", OWN)]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth1": found})
+    assert find_interface(None, OWN) == find_interface("eth", OWN) == Interface("eth1", OWN)
+    assert find_interface("eth", "10.9.0.1") == Interface("eth1", "10.1.0.9")
+
+
 @pytest.mark.parametrize(("wanted", "name"), [
     (None, "eth1"), ("eth1", "eth1"), ("=eth0", "eth0"), ("ib", "ib0"),
     ("eth", "eth1"), ("eth0,eth1", "eth1"), ("=eth10,ib0", "eth10"), ("ib0:1", "ib0"),
@@ -49,7 +56,7 @@ def test_what_is_not_there_is_named(node):
     assert find_interface(None, "192.0.2.9") == Interface(None, "192.0.2.9")
 
 
-def variables(monkeypatch, tmp_path, wanted, host, own=OWN):
+def variables(monkeypatch, tmp_path, wanted, host, own=OWN, bound=True):
     """What a rank hands to NCCL and gloo, and the place that it tells the others."""
     told = []
     given = Assignment(0, 1, 1, host, 29500, "go on", "")
@@ -59,7 +66,13 @@ def variables(monkeypatch, tmp_path, wanted, host, own=OWN):
         get=lambda answer, timeout: given,
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr("longspan.cluster.rank.free_port", lambda *addresses: addresses)
+
+    def free_port(*addresses):
+        if not bound:
+            raise OSError("no such address")
+        return addresses
+
+    monkeypatch.setattr("longspan.cluster.rank.free_port", free_port)
     monkeypatch.setattr("longspan.cluster.station.tempfile.gettempdir", lambda: str(tmp_path))
     watch = SimpleNamespace(join=SimpleNamespace(remote=lambda attempt, place: told.append(place)))
     limits = Limits(HangSettings())
@@ -81,6 +94,8 @@ def test_ranks_get_a_pattern_for_nccl_and_a_name_for_gloo(node, monkeypatch, tmp
     assert (found, place.address) == ({"GLOO_SOCKET_IFNAME": "eth1"}, OWN)
     with pytest.raises(RunError, match=r"no interface wlan .*\n.*fix: name one that every node"):
         variables(monkeypatch, tmp_path, "wlan", OWN)
+    with pytest.raises(RunError, match=r"no such address .*\n.*fix: name one that every node"):
+        variables(monkeypatch, tmp_path, "ib", OWN, bound=False)
 
 
 def test_ranks_of_one_machine_listen_on_loopback(monkeypatch, tmp_path):

@@ -75,6 +75,11 @@ def test_what_is_missing_is_a_failure_also_where_it_is_missing_everywhere():
     results = list(versions.judge(nodes, versions.reference(nodes, bare)))
     assert [result.level for result in results] == ["ok", "ok", "fail"]
     assert results[2].fix == "on the node: pip install 'tokenizers>=0.21' torch==2.13.0"
+    # However many are bare: they do not outvote the one that ranks could start on.
+    nodes = {"a": full, "b": {**bare, "triton": "3.6"}, "c": {**bare, "triton": "3.6"}}
+    results = list(versions.judge(nodes, versions.reference(nodes, {**bare, "triton": "3.6"})))
+    assert [result.level for result in results] == ["ok", "fail", "fail"]
+    assert results[1].fix.endswith("pip install megatron-core==0.16.1 torch==2.13.0")
 
 
 def test_a_checkout_without_a_version_is_there(monkeypatch):

@@ -34,12 +34,12 @@ def environment():
 
 def test_the_command_line_is_what_a_submission_writes():
     more = ["--exactness", "E1", "--interface", "eth0", "--device", "gpu", "--from", "8"]
-    more += ["--ranks", "4"]
+    more += ["--ranks", "4", "--slots", "8"]
     options, recipe = _parse([*WORDS, "--secrets", "A=/x", "B=/y=z", *more])
     assert str(recipe) == "recipe.yaml"
     assert options.secrets == (("A", "/x"), ("B", "/y=z")) and options.from_step == 8
     assert (options.exactness, options.interface, options.preflight) == ("E1", "eth0", True)
-    assert (options.device, options.ranks) == ("gpu", 4)
+    assert (options.device, options.ranks, options.slots) == ("gpu", 4, 8)
     options, _ = _parse(WORDS)
     assert options == Options("r", options.run_dir, "n")
 
@@ -151,6 +151,17 @@ def test_ranks_on_gpus_keep_what_their_collectives_did_last(rank, tmp_path, monk
     assert found["TORCH_FR_DUMP_TEMP_FILE"] == logs and int(found["TORCH_FR_BUFFER_SIZE"]) > 0
     monkeypatch.setattr(module, "gpu_count", lambda: 0)
     assert not [name for name in rank._environment(given) if name.startswith("TORCH_")]
+
+
+def test_of_ranks_that_hang_only_those_that_live_are_dumped(rank, tmp_path, monkeypatch):
+    for number, pid in ((0, os.getpid()), (1, 2**22 + 1)):
+        rank._station.started(number, pid)
+    rank._report = "asked"
+    monkeypatch.setattr(rank._ray, "wait", lambda *_, **__: ([1], []), raising=False)
+    monkeypatch.setattr(rank._ray, "get", lambda *_, **__: "dump")
+    assert rank._heard() == "dump" and rank._dumped
+    found = [path.name for path in (tmp_path / "run" / "logs").glob("stack-*")]
+    assert found == ["stack-attempt-2-rank-0.txt"]
 
 
 @pytest.mark.parametrize(("code", "shown"), [(-9, True), (1, True), (2, False), (75, False)])

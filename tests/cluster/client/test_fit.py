@@ -14,7 +14,7 @@ def test_the_driver_waits_for_what_was_decided_whatever_is_up_then(longspan, lab
     assert longspan("resume", "mine")[0] == 0
     entrypoints = [json.loads(request.body)["entrypoint"] for request in dashboard.posted()]
     assert len(entrypoints) == 2 and all(
-        "--device gpu --ranks 32" in words for words in entrypoints
+        "--device gpu --ranks 32 --slots 8" in words for words in entrypoints
     )
 
 

@@ -68,8 +68,8 @@ def test_the_job_is_the_driver_with_the_resolved_recipe(longspan, lab, dashboard
     words = shlex.split(job["entrypoint"])
     assert words[5:] == [
         "--run-id", "mine", "--run-dir", f"{storage}/runs/mine", "--name", "smoke",
-        "--device", "cpu", "--ranks", "2", "--secrets", "WANDB_API_KEY=/etc/a b/key",
-        "HF_TOKEN=/etc/hf", "--interface", "eth0",
+        "--device", "cpu", "--ranks", "2", "--slots", "4", "--secrets",
+        "WANDB_API_KEY=/etc/a b/key", "HF_TOKEN=/etc/hf", "--interface", "eth0",
     ]  # fmt: skip
     run = load_recipe("smoke", ["seed=9", "recovery.grace=90s"]).run()
     assert job["metadata"] == {
