@@ -11,7 +11,11 @@ from longspan.cluster import driver
 from longspan.cluster.node_secrets import take_secrets
 from longspan.errors import CheckpointError, RunError
 from longspan.redact import redact, redact_text
+from longspan.trainer import worker
+from longspan.trainer.heartbeat import Heartbeat
 from longspan.trainer.observe import wandb_account
+from longspan.trainer.run_directory import create_or_open
+from longspan.trainer.stopping import StopRequest
 from support.short_run import short_run
 from support.tracked import without_set_up
 
@@ -119,11 +123,27 @@ def test_the_driver_has_the_key_that_is_a_secret_of_the_cluster(lead, secret, mo
     assert KEY not in said
 
 
-def test_a_driver_without_a_key_says_where_one_belongs(lead, secret):
-    said = lead({"MY_LOGIN": secret(LOGIN)})
-    assert "no Weights & Biases key is configured" in said
-    assert "as WANDB_API_KEY in `secrets` of the cluster in clusters.yaml" in said
-    assert "wandb login" not in said
+@pytest.mark.parametrize("lacks", ["a key", "a key of its own", "wandb"])
+def test_a_head_need_not_have_what_rank_0_has(lead, secret, tmp_path, monkeypatch, lacks):
+    """Nodes may have a netrc file and packages that it lacks, and its own may be stale."""
+    monkeypatch.setattr(wandb_account, "ask", lambda: "rejected")
+    secrets = {"MY_LOGIN": secret(LOGIN)}
+    if lacks == "a key of its own":
+        (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    if lacks == "wandb":
+        secrets |= {"WANDB_API_KEY": secret(KEY)}
+        monkeypatch.setattr(wandb_account.importlib.util, "find_spec", lambda name: None)
+    assert "error: no folder for ***" in lead(secrets)
+
+
+def test_rank_0_insists_on_a_key(secret, tmp_path):
+    run = short_run(tracking={"wandb": "online"})
+    directory = create_or_open(tmp_path / "run", run, "short")
+    take_secrets({"MY_LOGIN": secret(LOGIN)})
+    with pytest.raises(RunError, match="no Weights & Biases key is configured") as caught:
+        worker._run(directory.path, 0, StopRequest(), Heartbeat())
+    assert "as WANDB_API_KEY in `secrets` of the cluster in clusters.yaml" in caught.value.fix
+    assert "wandb login" not in caught.value.fix
 
 
 def test_a_secret_that_only_the_other_nodes_have_stops_no_driver(lead, tmp_path):

@@ -60,6 +60,16 @@ def check_tracking(tracking: TrackingSettings) -> None:
     Raises:
         RunError: A package is missing, or `online` without a key or with one that is rejected.
     """
+    check_set_up(tracking)
+    check_key(tracking)
+
+
+def check_set_up(tracking: TrackingSettings) -> None:
+    """Find out what is missing here for the tracking that the recipe asks for; asks no server.
+
+    Raises:
+        RunError: A package is missing, or `online` without a key.
+    """
     wandb = tracking.wandb in ("online", "offline")
     for package, wanted, setting in (
         ("wandb", wandb, f"wandb is {tracking.wandb}"),
@@ -70,20 +80,33 @@ def check_tracking(tracking: TrackingSettings) -> None:
                 f"tracking.{setting} and the package {package} is not installed",
                 f"pip install {package}, or set tracking: none",
             )
-    if tracking.wandb != "online" or resolve_mode(tracking) != "online":
-        return
-    if not _has_credentials(_settings_files()):
-        # A head without ranks need not have the cluster's secrets.
-        if _KEY not in hidden_names(os.environ):
-            raise RunError(
-                "tracking.wandb is online and no Weights & Biases key is configured",
-                f"{key_fix()}, or set tracking.wandb: auto or offline",
-            )
-    elif ask() == "rejected":
+    if _is_online(tracking) and not _has_credentials(_settings_files()):
+        raise RunError(
+            "tracking.wandb is online and no Weights & Biases key is configured",
+            f"{key_fix()}, or set tracking.wandb: auto or offline",
+        )
+
+
+def check_key(tracking: TrackingSettings) -> None:
+    """Ask the server for its opinion of the key that is here, where the recipe insists on one.
+
+    Raises:
+        RunError: It is rejected.
+    """
+    if _is_online(tracking) and ask() == "rejected":
         raise RunError(
             f"Weights & Biases rejects the key that {key_source()} holds",
             f"{key_fix(rejected=True)}, or set tracking.wandb: offline",
         )
+
+
+def has_own_key() -> bool:
+    """Whether this process can track with a key of its environment, not one of a file."""
+    return bool(os.environ.get(_KEY)) and importlib.util.find_spec("wandb") is not None
+
+
+def _is_online(tracking: TrackingSettings) -> bool:
+    return tracking.wandb == "online" and resolve_mode(tracking) == "online"
 
 
 def key_fix(*, rejected: bool = False) -> str:
