@@ -346,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # stderr leads to a file by now
         voice.complain(traceback.format_exc())
         return CRASHED
+    finally:
+        voice.close()
 
 
 def _read(recipe: Path) -> RunSettings:
