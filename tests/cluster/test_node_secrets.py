@@ -10,7 +10,7 @@ import yaml
 from longspan.cluster import driver
 from longspan.cluster.node_secrets import take_secrets
 from longspan.errors import CheckpointError, RunError
-from longspan.redact import redact, redact_text
+from longspan.redact import known_credentials, redact, redact_text
 from longspan.trainer import worker
 from longspan.trainer.heartbeat import Heartbeat
 from longspan.trainer.observe import wandb_account
@@ -56,6 +56,21 @@ def test_a_secret_under_any_name_is_hidden_here_and_in_children(secret):
     show = "import sys; from longspan.redact import redact_text as r; print(r(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", show, LOGIN], capture_output=True, text=True)
     assert done.stdout == "***\n", done.stderr
+
+
+def test_an_ordinary_word_among_the_secrets_stops_no_run(secret, tmp_path):
+    """A region or a login is hidden where it is shown, and paths with it work."""
+    take_secrets({"MY_REGION": secret("us-east-1"), "STORE_SECRET": secret(LOGIN)})
+    for where in ("/data/us-east-1/texts", "s3://texts-us-east-1/a", f"{tmp_path}/us-east-1"):
+        assert list(known_credentials({"where": where})) == []
+        assert redact_text(where) == where.replace("us-east-1", "***")
+    for where in ("us-east-1", "https://us-east-1@host/a", "https://host/a?who=us-east-1"):
+        found = list(known_credentials({"where": where}))
+        assert found == [("where", "the environment variable MY_REGION")]
+    (found,) = known_credentials({"where": f"/data/of-{LOGIN}"})
+    assert found == ("where", "the environment variable STORE_SECRET")
+    os.environ["HF_TOKEN"] = "us-east-1"  # what a name says counts, whatever the list says
+    assert list(known_credentials(["s3://texts-us-east-1/a"]))
 
 
 def test_a_secret_of_several_lines_is_hidden_line_by_line(secret):
