@@ -60,7 +60,7 @@ def test_scripts_are_bash(name, tmp_path):
     script.write_text(CASES[name]())
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == ""
-    script.write_text(CASES[name]().replace("trap stop TERM", "trap stop TERM ("))
+    script.write_text(CASES[name]().replace("trap 'stop 0' TERM", "trap 'stop 0' TERM ("))
     assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode
 
 
