@@ -24,7 +24,9 @@ HIDDEN_NAMES = "LONGSPAN_HIDDEN"
 """The environment variable with the names of others, between commas, that hold credentials
 whatever they are called; processes inherit it with them."""
 
-_SHORTEST = 8  # shorter values of the environment are words like `true`, and would garble text
+SHORTEST = 8
+"""Characters: shorter values of the environment are words like `true`, and would garble text."""
+
 _LARGEST = 2**14  # bytes of a file that holds a credential and not much else
 _ANY = r"password|passwords|passwd|passphrase|pwd|secret|secrets|credential|credentials|signature"
 # Numbers stand under these too: `token: 5`; plurals count things.
@@ -199,7 +201,7 @@ def _known(environment: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, boo
             sure = is_secret_name(name) or "\n" in value  # no word has lines
             found += [(part, source, sure) for part in _parts(value)]
     found.sort(key=lambda one: one[2])  # of several sources the surest counts
-    long = {value: (source, sure) for value, source, sure in found if len(value) >= _SHORTEST}
+    long = {value: (source, sure) for value, source, sure in found if len(value) >= SHORTEST}
     return {value: long[value] for value in sorted(long, key=len, reverse=True)}
 
 

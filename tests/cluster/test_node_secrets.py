@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 from longspan.cluster import driver
-from longspan.cluster.node_secrets import take_secrets
+from longspan.cluster.node_secrets import short_secrets, take_secrets
 from longspan.errors import CheckpointError, RunError
 from longspan.redact import known_credentials, redact, redact_text
 from longspan.trainer import worker
@@ -71,6 +71,24 @@ def test_an_ordinary_word_among_the_secrets_stops_no_run(secret, tmp_path):
     assert found == ("where", "the environment variable STORE_SECRET")
     os.environ["HF_TOKEN"] = "us-east-1"  # what a name says counts, whatever the list says
     assert list(known_credentials(["s3://texts-us-east-1/a"]))
+
+
+def test_short_secrets_are_named_as_they_are_not_hidden(secret):
+    paths = {"MY_PIN": secret("1234567"), "MY_LOGIN": secret("12345678"), "EMPTY": secret("")}
+    take_secrets(paths)
+    assert redact_text("1234567, 12345678") == "1234567, ***"
+    said = "warning: MY_PIN of the cluster's secrets is not hidden: under 8 characters"
+    assert short_secrets(paths) == said
+    assert short_secrets({"MY_LOGIN": paths["MY_LOGIN"]}) == ""
+
+
+def test_what_was_hidden_before_stays_so(secret, monkeypatch):
+    monkeypatch.setenv("MY_LOGIN", LOGIN)
+    monkeypatch.setenv("LONGSPAN_HIDDEN", "MY_LOGIN")
+    take_secrets({})
+    assert redact_text(LOGIN) == "***"
+    take_secrets({"OTHER": secret("another-word")})
+    assert redact_text(f"{LOGIN}, another-word") == "***, ***"
 
 
 def test_a_secret_of_several_lines_is_hidden_line_by_line(secret):
