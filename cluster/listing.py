@@ -102,9 +102,8 @@ def _headline(standing: Standing, reason: str, stopped: str) -> list[str]:
 
 def _has_written(standing: Standing) -> bool:
     """Whether the folder's newest event can be one of the newest job's."""
-    job, when = standing.job, standing.position.event_time
-    known = job is not None and job.started is not None and when is not None
-    return not known or when > job.started - CLOCKS_S
+    started, when = standing.job and standing.job.started, standing.position.event_time
+    return started is None or when is None or when > started - CLOCKS_S
 
 
 def _how(job: Job | None) -> str:

@@ -30,7 +30,9 @@ Answer = Literal["accepted", "rejected", "unreachable", "unknown"]
 
 # -P: a file of the user's folder must not stand in for a package of the same name.
 PROBE = (sys.executable, "-P", "-m", "longspan.trainer.observe.wandb_account")
-_KEY = "WANDB_API_KEY"
+KEY = "WANDB_API_KEY"
+"""The environment variable that holds the key."""
+
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _ANSWER_S = 5.0
 _PROBE_S = 20.0
@@ -102,7 +104,7 @@ def check_key(tracking: TrackingSettings) -> None:
 
 def has_own_key() -> bool:
     """Whether this process can track with a key of its environment, not one of a file."""
-    return bool(os.environ.get(_KEY)) and importlib.util.find_spec("wandb") is not None
+    return bool(os.environ.get(KEY)) and importlib.util.find_spec("wandb") is not None
 
 
 def _is_online(tracking: TrackingSettings) -> bool:
@@ -118,12 +120,12 @@ def key_fix(*, rejected: bool = False) -> str:
     if HIDDEN_NAMES in os.environ:
         valid = "a valid key" if rejected else "the key"
         return (
-            f"name a file on the nodes that holds {valid} as {_KEY} in `secrets` of the cluster "
+            f"name a file on the nodes that holds {valid} as {KEY} in `secrets` of the cluster "
             "in clusters.yaml"
         )
     if rejected:
-        return f"run `wandb login --relogin` or set {_KEY} to a key that is valid"
-    return f"run `wandb login` or set {_KEY}"
+        return f"run `wandb login --relogin` or set {KEY} to a key that is valid"
+    return f"run `wandb login` or set {KEY}"
 
 
 def ask() -> Answer:
@@ -174,9 +176,9 @@ def server() -> str:
 
 def key_source() -> str:
     """Where the key is from, for messages."""
-    if os.environ.get(_KEY):
-        secret = _KEY in hidden_names(os.environ)
-        return f"the {'secret of the cluster' if secret else 'environment variable'} {_KEY}"
+    if os.environ.get(KEY):
+        secret = KEY in hidden_names(os.environ)
+        return f"the {'secret of the cluster' if secret else 'environment variable'} {KEY}"
     return "the settings file of wandb" if _settings_files().get("api_key") else "~/.netrc"
 
 
@@ -184,7 +186,7 @@ def _key(base_url: str) -> str | None:
     """The key that wandb would use for a server."""
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
-    found = os.environ.get(_KEY) or _settings_files().get("api_key")
+    found = os.environ.get(KEY) or _settings_files().get("api_key")
     return found or _netrc_passwords().get(urlsplit(base_url).netloc)
 
 
@@ -200,7 +202,7 @@ def _settings_files() -> dict[str, str]:
 
 def _has_credentials(files: Mapping[str, str]) -> bool:
     """Whether wandb would find a key: in the environment, the netrc file or its settings."""
-    if os.environ.get(_KEY) or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if os.environ.get(KEY) or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     base = os.environ.get("WANDB_BASE_URL") or files.get("base_url")
     hosts = [urlsplit(base).netloc] if base else _HOSTS
