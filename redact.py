@@ -24,7 +24,9 @@ HIDDEN_NAMES = "LONGSPAN_HIDDEN"
 """The environment variable with the names of others, between commas, that hold credentials
 whatever they are called; processes inherit it with them."""
 
-_SHORTEST = 8  # shorter values of the environment are words like `true`, and would garble text
+SHORTEST = 8
+"""Characters: shorter values of the environment are words like `true`, and would garble text."""
+
 _LARGEST = 2**14  # bytes of a file that holds a credential and not much else
 _ANY = r"password|passwords|passwd|passphrase|pwd|secret|secrets|credential|credentials|signature"
 # Numbers stand under these too: `token: 5`; plurals count things.
@@ -42,6 +44,7 @@ _USER = re.compile(
 )
 _QUERY = re.compile(r"([?&;])([A-Za-z0-9._~-]+)=([^\s&;#'\"<>)\]]+)")
 _QUERY_NAMES = frozenset({"sig", "auth", "awsaccesskeyid", "googleaccessid"})
+_URL_PARTS = re.compile(r"[/:@?&=;#]")
 _SCHEME = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}")
 _SIGN = r"['\"]?[ \t]*(?P<sign>=(?!=)|:(?!//))[ \t]*"
 _ASSIGNED = re.compile(r"(?<![?&;\w.-])(?P<name>[A-Za-z][\w.-]*)" + _SIGN)
@@ -157,6 +160,9 @@ def _is_error(name: str) -> bool:
 def known_credentials(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """The places of plain values that hold a credential of this machine.
 
+    What only HIDDEN_NAMES takes for one may be an ordinary word, such as a login or a region: it
+    has to be the whole value, or a part of a URL.
+
     Yields:
         The dotted path, and where the credential is from: a variable or a file.
     """
@@ -167,8 +173,9 @@ def known_credentials(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for index, item in enumerate(value):
             yield from known_credentials(item, f"{path}.{index}")
     elif isinstance(value, str):
-        for secret, source in _known(tuple(os.environ.items())).items():
-            if secret in value:
+        parts = {value, *(_URL_PARTS.split(value) if "://" in value else ())}
+        for secret, (source, sure) in _known(tuple(os.environ.items())).items():
+            if secret in parts or (sure and secret in value):
                 yield path, source
 
 
@@ -177,21 +184,24 @@ def _secrets(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=2)
-def _known(environment: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Credentials of this machine and where they are from; the longest first, so that none hides
-    a part of another."""
-    found = [*_of_home(dict(environment))]
+def _known(environment: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, bool]]:
+    """Credentials of this machine, where they are from, and whether more than HIDDEN_NAMES says
+    that they are some; the longest first, so that none hides a part of another."""
+    found = [(value, source, True) for value, source in _of_home(dict(environment))]
     hidden = hidden_names(dict(environment))
     for name, value in environment:
         if name not in hidden and not is_secret_name(name):
             continue
         is_file = os.access(value, os.F_OK)
         if is_file:
-            found += [(_first_line(Path(value)), value)]
+            found += [(_first_line(Path(value)), value, True)]
         # A file that holds the credential (HF_TOKEN_PATH) is not one; what it holds is.
         if not is_file or name in hidden:
-            found += [(part, f"the environment variable {name}") for part in _parts(value)]
-    long = {value: source for value, source in found if len(value) >= _SHORTEST}
+            source = f"the environment variable {name}"
+            sure = is_secret_name(name) or "\n" in value  # no word has lines
+            found += [(part, source, sure) for part in _parts(value)]
+    found.sort(key=lambda one: one[2])  # of several sources the surest counts
+    long = {value: (source, sure) for value, source, sure in found if len(value) >= SHORTEST}
     return {value: long[value] for value in sorted(long, key=len, reverse=True)}
 
 

@@ -32,6 +32,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from longspan.cluster.driver import Driver, Options
 from longspan.cluster.gang import Crew, Gang
+from longspan.cluster.limits import known_limits
 from longspan.cluster.rank import Task
 from longspan.cluster.station import Station
 from longspan.cluster.voice import Voice
@@ -65,6 +66,7 @@ class Case:
 
 
 CASES = (Case(1000, 125, 10.0), Case(1000, 125, 1.0), Case(125, 125, 10.0), Case(1000, 25, 10.0))
+SMALL = Case(8, 4, 10.0)
 
 
 def _name(node: int) -> str:
@@ -131,7 +133,7 @@ class Hosts:
         while next_at < until:
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
             next_at += task.interval
-            report = station.look(task.floor, task.first, False)
+            report = station.look(task.limits, False)
             assert len(report.own_s) == len(self._case.ranks_of(node))
             begun = time.perf_counter()
             order = await task.watch.report.remote(task.attempt, report)
@@ -163,7 +165,8 @@ def main() -> int:
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
                  object_store_memory=80 * 2**20, _temp_dir=f"{name}/ray")  # fmt: skip
         try:
-            rows = [_run(case, args, Path(name) / f"run-{n}") for n, case in enumerate(CASES)]
+            cases = (SMALL,) if args.small else CASES
+            rows = [_run(case, args, Path(name) / f"run-{n}") for n, case in enumerate(cases)]
         finally:
             ray.shutdown()
     result = {
@@ -187,6 +190,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each case")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds, as of the driver")
     parser.add_argument("--processes", type=int, default=2, help="that the nodes are simulated in")
+    parser.add_argument("--small", action="store_true", help="one case, to see that it runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.seconds < args.interval or args.processes < 1:
@@ -203,7 +207,8 @@ def _run(case: Case, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     crew = Crew(places, {}, gpu=True, unit=len(case.ranks_of(0)))
     options = Options(folder.name, folder, "short", interval=args.interval)
     watch = Driver(short_run(), options, Voice())._begin(None, 1, crew)
-    task = Task(str(folder), 1, watch, args.interval, options.floor, options.first, grace=60.0)
+    limits = known_limits(short_run().recovery.hang, directory.events, case.ranks)
+    task = Task(str(folder), 1, watch, args.interval, limits, grace=60.0)
     hosts = [
         ray.remote(Hosts).options(num_cpus=0).remote(task, case, mine)
         for n in range(args.processes)
@@ -214,8 +219,9 @@ def _run(case: Case, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     joined_s = time.monotonic() - begun
     process = psutil.Process(ray.get(watch.__ray_call__.remote(lambda self: os.getpid())))
     calls, cpu_s, own_s = _calls(watch), sum(process.cpu_times()[:2]), time.process_time()
-    asked = _lead(Gang(directory, task, crew, Voice(), lambda: 0), args.seconds,
-                  [host.report.remote(args.seconds) for host in hosts])  # fmt: skip
+    gang = Gang(directory, task, crew, Voice(), lambda: 0, lambda: None)
+    reports = [host.report.remote(args.seconds) for host in hosts]
+    asked = _lead(gang, args.seconds, reports)
     found, minutes = asked.pop("reports"), args.seconds / 60
     calls, cpu_s = _calls(watch) - calls, sum(process.cpu_times()[:2]) - cpu_s
     own_s = time.process_time() - own_s

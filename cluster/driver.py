@@ -40,7 +40,7 @@ from ..trainer.failure import (
 from ..trainer.observe.attempts import ended, launched, queued
 from ..trainer.observe.events import EventLog, newest_attempt
 from ..trainer.observe.summary import render_complete
-from ..trainer.observe.wandb_account import check_tracking
+from ..trainer.observe.wandb_account import check_key, has_own_key
 from ..trainer.run_directory import RunDirectory, create_or_open
 from ..trainer.settings import RunSettings
 from .budgets import Budgets, Cause
@@ -126,7 +126,8 @@ class Driver:
             LongspanError: Nothing could be started.
         """
         options, run = self._options, self._run
-        check_tracking(run.tracking)
+        if has_own_key():  # else rank 0 looks: nodes may have a key or packages that a head lacks
+            check_key(run.tracking)
         directory = create_or_open(options.run_dir, run, options.name)
         if (summary := directory.read_summary()) is not None:
             refuse_complete(directory, options.from_step)
@@ -352,6 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # stderr leads to a file by now
         voice.complain(traceback.format_exc())
         return CRASHED
+    finally:
+        voice.close()
 
 
 def _read(recipe: Path) -> RunSettings:

@@ -28,11 +28,13 @@ class Fit:
 
     Attributes:
         ranks: Processes that it wants.
-        nodes: Nodes that they are put on; 0 where that is not known.
+        begins: Processes that it would begin with, where there is no room for all of them.
+        nodes: Nodes that these are put on; 0 where that is not known.
         warnings: What works, but may not be wanted.
     """
 
     ranks: int
+    begins: int
     nodes: int
     warnings: tuple[str, ...]
 
@@ -50,7 +52,7 @@ def fit(recipe: Recipe, cluster: Cluster, shape: Shape) -> Fit:
     """
     ranks = run_ranks(recipe, shape.gpus)
     unit = unit_of(recipe, max(shape.slots or (ranks,)))
-    problems, warnings = _room(recipe, ranks, unit, cluster, shape)
+    problems, warnings, begins = _room(recipe, ranks, unit, cluster, shape)
     if split := split_groups(recipe, unit):
         warnings.append(f"parallel: {split}")
     problems += _relative(recipe)
@@ -63,7 +65,7 @@ def fit(recipe: Recipe, cluster: Cluster, shape: Shape) -> Fit:
             problems.append(problem)
     if problems:
         raise RecipeError(recipe.name, problems)
-    return Fit(ranks, shape.nodes_for(ranks, unit), tuple(warnings))
+    return Fit(ranks, begins, shape.nodes_for(begins, unit), tuple(warnings))
 
 
 def _check(recipe: Recipe, ranks: int, shape: Shape, warnings: list[str]) -> tuple[Problem, ...]:
@@ -80,22 +82,22 @@ def _check(recipe: Recipe, ranks: int, shape: Shape, warnings: list[str]) -> tup
 
 def _room(
     recipe: Recipe, ranks: int, unit: int, cluster: Cluster, shape: Shape
-) -> tuple[list[Problem], list[str]]:
-    """Whether all ranks have room, or fewer that would do; problems and warnings."""
+) -> tuple[list[Problem], list[str], int]:
+    """Whether all ranks have room, or fewer that would do; problems, warnings, and how many."""
     most = shape.most(unit)
     if most is None or ranks <= most:
-        return [], []
+        return [], [], ranks
     has = f"cluster {cluster.name} has {shape.words}, says {shape.said_by}"
     if recipe.ranks and (fewer := [size for size in gang_sizes(recipe) if size <= most]):
         words = f"ranks: {has}; the run would begin with {fewer[0]} of {count(ranks, 'rank')}"
-        return [], [f"{words} (ranks_at_least)"]
+        return [], [f"{words} (ranks_at_least)"], fewer[0]
     expected = f"at most {count(most, shape.device)}: {has}"
     if most < sum(shape.slots or ()):
         expected = f"at most {most}: {has}, and {unit} ranks (tensor x context) stay on one node"
     fixes = [f"ranks: {most} and smaller parallel degrees, or another cluster"] if most else []
     if shape.said_by != "clusters.yaml":
         fixes.append(f"for a cluster that grows, nodes: of {cluster.name} in clusters.yaml")
-    return [Problem("ranks", str(ranks), expected, "; ".join(fixes))], []
+    return [Problem("ranks", str(ranks), expected, "; ".join(fixes))], [], ranks
 
 
 def _relative(recipe: Recipe) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from ..trainer.run_directory import RunDirectory
 from ..trainer.status import read_status, render_status
 from .jobs import Job, Jobs
 from .registry import Record
-from .standing import Standing, stand, stand_alone
+from .standing import CLOCKS_S, Standing, stand, stand_alone
 from .submission import cluster_of
 
 _WORDS = {
@@ -67,26 +67,26 @@ def show_run(run: Record | RunDirectory) -> tuple[dict[str, Any], str]:
         return status.as_dict(), render_status(status)
     standing = stand_alone(run, _PATIENCE_S)
     values, lines, reason = standing.as_dict(), [], ""
+    stopped = _WORDS["stopped"]
     if run.directory.is_run():
         status = read_status(run.directory)
         values |= {"folder": status.as_dict()}
-        reason = status.reason
+        reason = status.reason if _has_written(standing) else ""
+        stopped = replace(status, state="stopped").words
         # The words of a live run ask nobody to resume it.
         state = "running" if standing.is_live else status.state
         lines = render_status(replace(status, directory=run.id, state=state)).splitlines()[1:]
     else:
         lines = _from_afar(standing)
-    return values, "\n".join([*_headline(standing, reason), *lines])
+    return values, "\n".join([*_headline(standing, reason, stopped), *lines])
 
 
-def _headline(standing: Standing, reason: str) -> list[str]:
+def _headline(standing: Standing, reason: str, stopped: str) -> list[str]:
     record, job = standing.record, standing.job
     assert record.cluster is not None
-    words = _WORDS.get(standing.state, standing.state)
+    words = (_WORDS | {"stopped": stopped}).get(standing.state, standing.state)
     if standing.state == "failed" and (why := reason or _how(job)):
         words += f": {why}"
-    if standing.state == "stopped" and record.directory.is_run():
-        words = "stopped, and saved"
     lines = [f"{record.id}: {words}"]
     where = f"  cluster {record.cluster.name}"
     if job is not None:
@@ -98,6 +98,12 @@ def _headline(standing: Standing, reason: str) -> list[str]:
     if standing.note:
         lines.append(f"  note: {standing.note}")
     return lines
+
+
+def _has_written(standing: Standing) -> bool:
+    """Whether the folder's newest event can be one of the newest job's."""
+    started, when = standing.job and standing.job.started, standing.position.event_time
+    return started is None or when is None or when > started - CLOCKS_S
 
 
 def _how(job: Job | None) -> str:

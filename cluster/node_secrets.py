@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import RunError
-from ..redact import HIDDEN_NAMES
+from ..redact import HIDDEN_NAMES, SHORTEST, hidden_names
 
 
 def take_secrets(secrets: Mapping[str, str], *, all_here: bool = True) -> dict[str, str]:
@@ -24,7 +24,9 @@ def take_secrets(secrets: Mapping[str, str], *, all_here: bool = True) -> dict[s
     Raises:
         RunError: A file that has to be here cannot be read.
     """
-    found = {HIDDEN_NAMES: ",".join(secrets)}
+    # What hid something before, in whoever started this process, hides it still.
+    names = dict.fromkeys([*hidden_names(os.environ), *secrets])
+    found = {HIDDEN_NAMES: ",".join(names)}
     for name, path in secrets.items():
         try:
             found[name] = _read(Path(path))
@@ -38,6 +40,20 @@ def take_secrets(secrets: Mapping[str, str], *, all_here: bool = True) -> dict[s
             ) from error
     os.environ.update(found)
     return found
+
+
+def short_secrets(secrets: Mapping[str, str]) -> str:
+    """A warning of those in this environment that are not hidden; empty where all are.
+
+    They are words that text may have anyway.
+    """
+    short = [name for name in secrets if 0 < len(os.environ.get(name, "")) < SHORTEST]
+    if not short:
+        return ""
+    names, verb = ", ".join(short), "is" if len(short) == 1 else "are"
+    return (
+        f"warning: {names} of the cluster's secrets {verb} not hidden: under {SHORTEST} characters"
+    )
 
 
 def _read(path: Path) -> str:

@@ -103,28 +103,30 @@ def _of_job(record: Record, stream: TextIO, follow: bool) -> int:
 
 def _follow_job(jobs: Jobs, job: Job, stream: TextIO) -> Job | None:
     """Print a job's output until it ends; a connection that breaks off is opened again."""
-    printed, failed = 0, 0
+    printed, failed, again = 0, 0, False
     while True:
         try:
             current = jobs.get(job.id)
+            failed = 0
             if current is None:
                 return None
-            if current.is_live and failed:
+            if current.is_live and again:  # a quiet stream may be ended by whoever is in between
                 time.sleep(_RETRY_S)
+            again = True
             # A stream may end before the last words of the driver, so these are asked for then.
             parts = jobs.follow(job.id) if current.is_live else iter((jobs.logs(job.id),))
             for line in _whole_lines(parts, printed):
-                printed, failed = printed + len(line), 0
+                printed += len(line)
                 if not _OF_RAY.match(line):
                     stream.write(redact_text(line))
                     stream.flush()
             if not current.is_live:
                 return current
         except ClusterError:
-            if failed >= _RETRIES:
+            failed += 1
+            if failed > _RETRIES:
                 raise
             time.sleep(_RETRY_S)
-        failed += 1
 
 
 def _whole_lines(parts: Iterator[str], skip: int) -> Iterator[str]:

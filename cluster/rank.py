@@ -40,7 +40,7 @@ from ..trainer.run_directory import RunDirectory
 from ..trainer.stopping import SAVE_SIGNAL
 from .interfaces import Interface, find_interface, variables
 from .limits import Limits
-from .node_secrets import take_secrets
+from .node_secrets import short_secrets, take_secrets
 from .preflight.network import free_port
 from .stacks import dump, flight_recorder
 from .station import Station, process_state
@@ -214,6 +214,8 @@ class Rank:
         path = self._directory.logs / f"rank-{self._rank}.log"
         environment = self._environment(given)
         self._log = RedactedLog(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+        if warning := short_secrets(self._task.secrets):
+            os.write(self._log.fileno(), f"{warning}\n".encode())
         with _shared_lock(self._directory.path / RANKS_LOCK) as held, _only_save_blocked():
             child = subprocess.Popen(
                 [*_WORKER, str(self._directory.path)],

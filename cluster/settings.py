@@ -111,7 +111,8 @@ class ClusterSettings(Settings):
 
     secrets: Annotated[dict[str, str], AfterValidator(_check_secrets)] = Field(default_factory=dict)
     """Environment variables of the ranks, each with the file on the nodes that holds its value.
-    Whatever they are called, their values are hidden in all that is written."""
+    Whatever they are called, their values are hidden in all that is written, if they have 8
+    characters or more."""
 
     interface: Annotated[str, AfterValidator(_check_interface)] | None = None
     """The network interface between the nodes, or a pattern as of NCCL_SOCKET_IFNAME, of which

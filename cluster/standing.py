@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LongspanError
-from ..trainer.failure import INTERRUPTED, STOPPED
+from ..trainer.failure import CRASHED, INTERRUPTED, STOPPED, USER_ERROR
 from ..trainer.run_directory import RunDirectory
 from ..trainer.status import Position
 from .jobs import Job, Jobs, number_of
@@ -21,6 +21,9 @@ from .submission import cluster_of
 _TAIL_BYTES = 65536
 _LIST_S = 1.0
 """Clusters that are slower than that must not keep a list of runs waiting."""
+
+CLOCKS_S = 60.0
+"""What the clocks of two nodes may be apart."""
 
 Answer = tuple[Mapping[str, Sequence[Job]], str]
 """The jobs on a cluster by run, or why they are not known."""
@@ -92,8 +95,14 @@ def job_state(job: Job) -> str:
     return _BY_JOB.get(job.status) or _BY_CODE.get(job.exit_code or 0, "failed")
 
 
-def merged(folder: str | None, job: Job | None) -> str:
-    """The state of a run by that of its folder, None where it is not visible, and its job."""
+def merged(folder: str | None, job: Job | None, since: float | None = None) -> str:
+    """The state of a run by that of its folder, None where it is not visible, and its job.
+
+    Args:
+        folder: How the newest attempt in it ended, or what it does.
+        job: The newest one.
+        since: When the folder had its newest event, in unix seconds.
+    """
     if job is None:
         return folder or "unknown"
     if job.is_live:
@@ -102,7 +111,15 @@ def merged(folder: str | None, job: Job | None) -> str:
         # The lock of a driver that was killed with its node may look held from here.
         killed = folder in ("running", "lost") and job.status == "STOPPED"
         return "interrupted" if killed else job_state(job)
+    # A driver that fails before its first attempt leaves no event: the end is an older one's.
+    if job.exit_code in (CRASHED, USER_ERROR) and folder != "complete" and not _after(job, since):
+        return "failed"
     return folder
+
+
+def _after(job: Job, since: float | None) -> bool:
+    """Whether somebody else has worked on the run when a job had ended already."""
+    return since is not None and job.ended is not None and since > job.ended + CLOCKS_S
 
 
 def _stand(record: Record, jobs: Sequence[Job], note: str) -> Standing:
@@ -114,7 +131,7 @@ def _stand(record: Record, jobs: Sequence[Job], note: str) -> Standing:
         note = "the cluster does not know its jobs any more: its head was restarted"
     if job is not None and job.trouble:
         note = f"Ray says: {job.trouble}"
-    return Standing(record, merged(folder, job), position, job, note)
+    return Standing(record, merged(folder, job, position.event_time), position, job, note)
 
 
 def _folder_state(directory: RunDirectory, position: Position) -> str | None:

@@ -103,10 +103,10 @@ def submit(order: Order, say: Callable[[str], None], warn: Callable[[str], None]
     found = fit(recipe, cluster, shape)
     for warning in [*warnings, *found.warnings]:
         warn(warning)
-    key = shape_key(recipe, found.ranks, cluster.name)
+    key = shape_key(recipe, found.begins, cluster.name)
     slots = max(shape.slots or (0,))
     record = replace(wanted, shape=key, device=shape.kind, ranks=found.ranks, slots=slots)
-    expected = forecast(recipe, found.ranks, record.shape, registry, shape.gpu_names)
+    expected = forecast(recipe, found.begins, record.shape, registry, shape.gpu_names)
     for line in _plan(record, recipe, cluster, shape, found, expected):
         say(line)
     if order.dry_run:
@@ -330,7 +330,7 @@ def _plan(
         f"cluster  {cluster.name}",
         f"ranks    {found.ranks}, one per {shape.device}, on {where}",
         f"tokens   {rough(expected.tokens)}",
-        f"time     {_time(expected, found.ranks, shape.device)}",
+        f"time     {_time(expected, found.begins, shape.device)}",
         f"folder   {record.run_dir}{unseen}",
         f"tracking {tracking_words(recipe.tracking, settings.secrets)}",
     ]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..trainer.observe.wandb_account import resolve_mode
+from ..trainer.observe.wandb_account import KEY, resolve_mode
 from ..trainer.settings import TrackingSettings
-
-_KEY = "WANDB_API_KEY"
 
 
 def tracking_words(tracking: TrackingSettings, secrets: Mapping[str, str]) -> str:
@@ -22,8 +20,8 @@ def tracking_words(tracking: TrackingSettings, secrets: Mapping[str, str]) -> st
         words = [f"{there}, offline: `wandb sync` uploads it from the run's folder"]
     elif tracking.wandb == "off":
         words = []
-    elif _KEY in secrets:
-        words = [f"{there}, with the key in {secrets[_KEY]} on its nodes"]
+    elif KEY in secrets:
+        words = [f"{there}, with the key in {secrets[KEY]} on its nodes"]
     elif tracking.wandb == "online":
         words = [f"{there}, with a key of its nodes' own"]
     else:
@@ -43,7 +41,7 @@ def tracking_warnings(
         secrets: Of the cluster.
         cluster: Its name.
     """
-    if tracking.wandb in ("off", "offline") or _KEY in secrets:
+    if tracking.wandb in ("off", "offline") or KEY in secrets:
         return []
     mode = resolve_mode(tracking)
     if tracking.wandb == "auto" and mode == "offline":
@@ -55,5 +53,5 @@ def tracking_warnings(
     return [
         f"tracking: cluster {cluster} has no Weights & Biases key among its secrets; unless its "
         f"nodes have one of their own (environment, ~/.netrc), {without}: name a file on the "
-        f"nodes that holds it as {_KEY} in `secrets` of {cluster} in clusters.yaml"
+        f"nodes that holds it as {KEY} in `secrets` of {cluster} in clusters.yaml"
     ]

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..redact import redact_text
+from ..trainer.redacted_log import RedactedLog
 
 RAY_LOG = "ray.log"
 _MOST_BYTES = 1 << 20
@@ -20,13 +21,28 @@ class Voice:
         sys.stdout.flush()
         sys.stderr.flush()
         self._out, self._err = os.dup(1), os.dup(2)
+        self._log: RedactedLog | None = None
 
     def hush(self, logs: Path) -> None:
-        """From now on whatever else this process prints goes to a file."""
-        log = os.open(logs / RAY_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
+        """From now on whatever else this process prints goes to a file, without credentials."""
+        file = os.open(logs / RAY_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with suppress(OSError):  # one of an older version
+            os.fchmod(file, 0o600)
+        self._log = RedactedLog(file)
+        os.dup2(self._log.fileno(), 1)
+        os.dup2(self._log.fileno(), 2)
+        self._log.follow()
+
+    def close(self) -> None:
+        """Write what is left of that, and print as before."""
+        if (log := self._log) is None:
+            return
+        self._log = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(self._out, 1)
+        os.dup2(self._err, 2)
+        log.close()
 
     def say(self, text: str) -> None:
         """A line for the user."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -66,4 +67,6 @@ def peak_flops(name: str) -> float | None:
     """
     if "MIG" in name:
         return None
-    return next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+    # An RTX A1000 is no A100.
+    known = (peak for gpu, peak in PEAKS.items() if re.search(rf"{gpu}(?![0-9])", name))
+    return next(known, None)

@@ -104,6 +104,15 @@ class Status:
     now: float
     sync: str | None = None
 
+    @property
+    def words(self) -> str:
+        """The state for people; a run that was stopped before it had trained has saved nothing."""
+        attempts = self.goodput.attempts
+        trained = any(attempt.steps for attempt in attempts[-1:])
+        if self.state == "stopped" and self.checkpoint is None and not trained:
+            return "stopped before it had a checkpoint"
+        return _STATES[self.state]
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON; ages are in seconds."""
         return {
@@ -179,7 +188,7 @@ def _watched(directory: RunDirectory, position: Position) -> Iterator[Mapping[st
 
 def render_status(status: Status) -> str:
     """A status as lines of text."""
-    words = _STATES[status.state]
+    words = status.words
     if status.owner is not None:
         since = duration(status.age(status.owner.since) or 0.0)
         words += f", process {status.owner.pid} on {status.owner.host} since {since}"

@@ -33,6 +33,13 @@ def main(run_dir: Path) -> int:
 
 def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
     """Join the other ranks and run; whether the run is complete."""
+    from .observe.wandb_account import check_set_up
+    from .run_directory import RunDirectory
+
+    directory = RunDirectory(run_dir)
+    run = directory.load_settings()
+    if rank == 0:  # whoever started it may be on another machine
+        check_set_up(run.tracking)
     # Here, because torch and megatron take seconds, in which the launcher may die or the user stop.
     import torch.distributed as dist
 
@@ -40,10 +47,7 @@ def _run(run_dir: Path, rank: int, stop: StopRequest, beat: Heartbeat) -> bool:
     from .observe.observer import open_observer
     from .platform import backend, barrier, set_up
     from .rendezvous import meet
-    from .run_directory import RunDirectory
 
-    directory = RunDirectory(run_dir)
-    run = directory.load_settings()
     set_up(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     meet(backend(), timedelta(seconds=max(_TIMEOUT_S, run.recovery.hang.data)))
     observer = open_observer(directory, run, rank)

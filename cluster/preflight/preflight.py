@@ -101,6 +101,7 @@ def _alone(
 ) -> list[Result]:
     """What can be said of each node without the others."""
     results = list(versions.judge(_part(looked, "versions"), expected))
+    results += versions.judge_tracking(_part(looked, "versions"), run.tracking)
     gpus = {node.name: node.gpus for node in crew.nodes}
     results += devices.judge(_part(looked, "devices"), gpus)
     results += clock.judge({name: clock.Skew(*part["clock"]) for name, part in looked.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,15 +12,19 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ...redact import hidden_names
+from ...trainer.observe.wandb_account import KEY
+from ...trainer.settings import TrackingSettings
 from ..needs import NEEDS, install, missing
 from .result import Result
 
 CHECK = "versions"
 CUDA_DRIVER = "CUDA driver"
+_WANDB = "wandb"
 _OURS = ("python", "longspan", "ray")
 """The process that starts the ranks has to have these as well."""
 
-_PACKAGES = ("ray", "torch", "megatron-core", "triton")
+_PACKAGES = ("ray", "torch", "megatron-core", "triton", _WANDB)
 _FOLDERS = ("attention", "cluster", "kernels", "parallel", "recipes", "trainer")
 _SUFFIXES = (".py", ".cu", ".yaml")
 _MISSING, _UNKNOWN = "missing", "unknown"
@@ -64,7 +69,11 @@ def reference(nodes: Mapping[str, Mapping[str, str]], ours: Mapping[str, str]) -
 def judge(nodes: Mapping[str, Mapping[str, str]], expected: Mapping[str, str]) -> Iterator[Result]:
     """One result per node; another CUDA driver is a warning, since it may do as well."""
     for node, found in nodes.items():
-        other = [name for name in expected if found.get(name, _MISSING) != expected[name]]
+        other = [
+            name
+            for name in expected
+            if name != _WANDB and found.get(name, _MISSING) != expected[name]
+        ]
         # What no node has is the same everywhere, and no rank could start.
         if lacks := _lacks(found):
             words = _words(found, [*lacks, *(name for name in other if name not in lacks)])
@@ -80,6 +89,24 @@ def judge(nodes: Mapping[str, Mapping[str, str]], expected: Mapping[str, str]) -
         if other == ["longspan"]:
             fix = "remove longspan from the node's own packages: a submitted run brings its own"
         yield Result(node, CHECK, level, _words(found, other), _words(expected, other), fix)
+
+
+def judge_tracking(
+    nodes: Mapping[str, Mapping[str, str]], tracking: TrackingSettings
+) -> Iterator[Result]:
+    """A warning for each node that could not track the run, where its metrics may be expected.
+
+    Ranks need no tracker, and only the node of rank 0 uses it.
+    """
+    lacking = [node for node, found in nodes.items() if found.get(_WANDB, _MISSING) == _MISSING]
+    expected = tracking.wandb in ("online", "offline") or (
+        # With auto a cluster without a key and without the package is one without a tracker.
+        tracking.wandb == "auto" and (len(lacking) < len(nodes) or KEY in hidden_names(os.environ))
+    )
+    for node in lacking if expected else ():
+        fix = "on the node: pip install wandb, or set tracking.wandb: off"
+        words = f"installed, as tracking.wandb is {tracking.wandb}"
+        yield Result(node, CHECK, "warn", f"{_WANDB} missing", words, fix)
 
 
 def _lacks(found: Mapping[str, str]) -> list[str]:

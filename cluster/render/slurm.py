@@ -33,7 +33,7 @@ _HEAD = """\
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@{stop_s}
+#SBATCH --signal=B:USR1@{stop_s}
 
 set -euo pipefail
 umask 077
@@ -59,6 +59,17 @@ HEAD_IP=$({address})
 export HEAD_IP
 """
 
+_TRAPS = """\
+# The time is almost over: save, and be queued again. scancel (SIGTERM) saves only.
+asked=0 again=0
+stop() {{
+  asked=1 again=$1
+  {stop}
+}}
+trap 'stop 1' USR1
+trap 'stop 0' TERM
+"""
+
 _TAIL = """\
 worker=$!
 code=0
@@ -68,7 +79,7 @@ if [[ $asked == 1 ]]; then
   while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
-  if [[ $code != 0 ]]; then
+  if [[ $again == 1 && $code != 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID" || true
   fi
 fi
@@ -97,13 +108,7 @@ for _ in $(seq 120); do
   sleep 1
 done
 {others}
-asked=0
-stop() {{
-  asked=1
-  longspan stop "$RUN_ID" || true
-}}
-trap stop TERM
-longspan submit "$RECIPE" --cluster {cluster} --run-id "$RUN_ID"
+{traps}longspan submit "$RECIPE" --cluster {cluster} --run-id "$RUN_ID"
 longspan logs -f "$RUN_ID" &
 """
 
@@ -138,14 +143,7 @@ set -euo pipefail
   -m longspan.cli train "$RECIPE" --run-dir "$RUN_DIR"
 {end}
 
-asked=0
-stop() {{
-  asked=1
-  # srun hands it on to the ranks, which save.
-  kill -TERM "$worker"
-}}
-trap stop TERM
-srun --kill-on-bad-exit=1 bash "$WORK/ranks.sh" &
+{traps}srun --kill-on-bad-exit=1 bash "$WORK/ranks.sh" &
 """
 
 
@@ -220,6 +218,7 @@ def _ray(order: Order) -> str:
         clusters=yaml.safe_dump({"clusters": {_CLUSTER: settings}}, sort_keys=False),
         given=given,
         others=others,
+        traps=_TRAPS.format(stop='longspan stop "$RUN_ID" || true'),
         cluster=_CLUSTER,
     )
 
@@ -261,6 +260,8 @@ def _torchrun(order: Order) -> str:
         stop_s=order.grace_s,
         end=_END,
         variables="".join(lines),
+        # srun hands it on to the ranks, which save.
+        traps=_TRAPS.format(stop='kill -TERM "$worker"'),
         nodes=order.nodes,
         local=order.ranks // order.nodes,
     )

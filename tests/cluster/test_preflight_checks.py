@@ -25,6 +25,7 @@ from longspan.cluster.preflight.links import cut_off
 from longspan.cluster.preflight.report import Report, healthy
 from longspan.cluster.preflight.result import Result
 from longspan.errors import RunError
+from longspan.trainer.settings import TrackingSettings
 from support.short_run import short_run
 
 SAME = {"python": "3.11.7", "longspan": "aa", "torch": "2.10", "CUDA driver": "570"}
@@ -80,6 +81,28 @@ def test_what_is_missing_is_a_failure_also_where_it_is_missing_everywhere():
     results = list(versions.judge(nodes, versions.reference(nodes, {**bare, "triton": "3.6"})))
     assert [result.level for result in results] == ["ok", "fail", "fail"]
     assert results[1].fix.endswith("pip install megatron-core==0.16.1 torch==2.13.0")
+
+
+def test_a_node_without_a_tracker_is_a_warning_where_metrics_are_expected(monkeypatch):
+    monkeypatch.delenv("LONGSPAN_HIDDEN", raising=False)
+    has, lacks = {**SAME, "wandb": "0.30"}, {**SAME, "wandb": "missing"}
+    mixed, none = {"a": has, "b": lacks}, {"a": lacks, "b": lacks}
+
+    def warned(nodes, mode):
+        results = list(versions.judge_tracking(nodes, TrackingSettings(wandb=mode)))
+        assert all(result.level == "warn" for result in results)
+        return [result.node for result in results]
+
+    assert [warned(none, mode) for mode in ("online", "offline")] == [["a", "b"]] * 2
+    assert warned(mixed, "auto") == ["b"] and warned(none, "auto") == []
+    assert warned(mixed, "off") == []
+    monkeypatch.setenv("LONGSPAN_HIDDEN", "OTHER,WANDB_API_KEY")
+    assert warned(none, "auto") == ["a", "b"]
+    # The ranks need not have the same one, nor one at all.
+    for node, found in mixed.items():
+        expected = versions.reference(mixed, has)
+        assert level_of(list(versions.judge({node: found}, expected)), node)[0] == "ok"
+    assert versions.probe()["wandb"][0].isdigit()
 
 
 def test_a_checkout_without_a_version_is_there(monkeypatch):

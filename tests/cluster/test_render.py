@@ -60,7 +60,7 @@ def test_scripts_are_bash(name, tmp_path):
     script.write_text(CASES[name]())
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == ""
-    script.write_text(CASES[name]().replace("trap stop TERM", "trap stop TERM ("))
+    script.write_text(CASES[name]().replace("trap 'stop 0' TERM", "trap 'stop 0' TERM ("))
     assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode
 
 
@@ -152,9 +152,15 @@ def test_the_driver_gets_secrets_by_path_and_its_recipe_from_the_manifest():
 
 def test_no_value_of_a_secret_is_rendered(monkeypatch):
     key = "0123456789abcdef" * 2
-    for name in ("WANDB_API_KEY", "RAY_AUTH_TOKEN", "HF_TOKEN"):
-        monkeypatch.setenv(name, key)
-    assert not any(key in render() for render in CASES.values())
+    asked = wanted(nodes=2, cores=1, changes=[f"tracking.project=of-{key}"])
+    assert key in take(asked).text  # nobody knows what it is
+    monkeypatch.setenv("HF_TOKEN", key)
+    with pytest.raises(
+        RunError, match="holds a credential, that of the environment variable HF_TOKEN"
+    ) as caught:
+        take(asked)
+    assert key not in str(caught.value)
+    assert key not in render_slurm(take(wanted(nodes=2, cores=1)))
 
 
 def test_torchrun_needs_ranks_that_divide():

@@ -196,12 +196,15 @@ def torchrun(order: Order) -> str:
 
 
 @pytest.mark.parametrize("script", [render_slurm, torchrun])
-@pytest.mark.parametrize(("code", "again"), [(75, True), (0, False)])
-def test_a_notice_saves_and_the_job_is_queued_again(start, script, code, again):
-    """A run that was complete just then need not be."""
+@pytest.mark.parametrize(
+    ("word", "code", "again"),
+    [(signal.SIGUSR1, 75, True), (signal.SIGUSR1, 0, False), (signal.SIGTERM, 75, False)],
+)
+def test_a_notice_saves_and_the_job_is_queued_again(start, script, word, code, again):
+    """A run that was complete just then need not be, and one that was cancelled must not be."""
     job = start(script, STOPS_WITH=str(code))
     job.wait_until_it_runs()
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(word)
     assert job.ends()[0] == code
     asked = [line for line in job.log() if line.startswith("scontrol")]
     assert [line.split()[1] for line in asked] == ["requeue"] * again

@@ -55,4 +55,6 @@ def test_documents_of_a_step_are_counted_one_by_one():
 
 def test_peaks_are_known_by_name():
     assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 80GB HBM3")
+    assert peak_flops("NVIDIA RTX A1000") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == peak_flops("A100") == 312e12
     assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("something else") is None

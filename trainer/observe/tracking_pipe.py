@@ -19,6 +19,8 @@ from .sink import Sink
 TRACKER = (sys.executable, "-P", "-m", "longspan.trainer.observe.tracking_process")
 MOST_PENDING_BYTES = 4 * 2**20
 LAST_UPLOAD_S = 10.0
+_KEPT = ("back", "mode", "id", "dir", "events")
+"""Of a beginning: what the process works with, and shows nobody."""
 
 
 class TrackingPipe:
@@ -54,7 +56,9 @@ class TrackingPipe:
         """Send a message without its credentials; what the pipe does not take yet is kept."""
         if self._process is None:
             return
-        message = {"kind": kind, "values": redact(values)}
+        # A login or a region that is one of a cluster's secrets may be a part of a path.
+        kept = {name: values[name] for name in _KEPT if kind == "begin" and name in values}
+        message = {"kind": kind, "values": {**redact(values), **kept}}
         self._pending += json.dumps(message, default=str).encode() + b"\n"
         self._flush()
 

@@ -30,7 +30,9 @@ Answer = Literal["accepted", "rejected", "unreachable", "unknown"]
 
 # -P: a file of the user's folder must not stand in for a package of the same name.
 PROBE = (sys.executable, "-P", "-m", "longspan.trainer.observe.wandb_account")
-_KEY = "WANDB_API_KEY"
+KEY = "WANDB_API_KEY"
+"""The environment variable that holds the key."""
+
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _ANSWER_S = 5.0
 _PROBE_S = 20.0
@@ -60,6 +62,16 @@ def check_tracking(tracking: TrackingSettings) -> None:
     Raises:
         RunError: A package is missing, or `online` without a key or with one that is rejected.
     """
+    check_set_up(tracking)
+    check_key(tracking)
+
+
+def check_set_up(tracking: TrackingSettings) -> None:
+    """Find out what is missing here for the tracking that the recipe asks for; asks no server.
+
+    Raises:
+        RunError: A package is missing, or `online` without a key.
+    """
     wandb = tracking.wandb in ("online", "offline")
     for package, wanted, setting in (
         ("wandb", wandb, f"wandb is {tracking.wandb}"),
@@ -70,20 +82,33 @@ def check_tracking(tracking: TrackingSettings) -> None:
                 f"tracking.{setting} and the package {package} is not installed",
                 f"pip install {package}, or set tracking: none",
             )
-    if tracking.wandb != "online" or resolve_mode(tracking) != "online":
-        return
-    if not _has_credentials(_settings_files()):
-        # A head without ranks need not have the cluster's secrets.
-        if _KEY not in hidden_names(os.environ):
-            raise RunError(
-                "tracking.wandb is online and no Weights & Biases key is configured",
-                f"{key_fix()}, or set tracking.wandb: auto or offline",
-            )
-    elif ask() == "rejected":
+    if _is_online(tracking) and not _has_credentials(_settings_files()):
+        raise RunError(
+            "tracking.wandb is online and no Weights & Biases key is configured",
+            f"{key_fix()}, or set tracking.wandb: auto or offline",
+        )
+
+
+def check_key(tracking: TrackingSettings) -> None:
+    """Ask the server for its opinion of the key that is here, where the recipe insists on one.
+
+    Raises:
+        RunError: It is rejected.
+    """
+    if _is_online(tracking) and ask() == "rejected":
         raise RunError(
             f"Weights & Biases rejects the key that {key_source()} holds",
             f"{key_fix(rejected=True)}, or set tracking.wandb: offline",
         )
+
+
+def has_own_key() -> bool:
+    """Whether this process can track with a key of its environment, not one of a file."""
+    return bool(os.environ.get(KEY)) and importlib.util.find_spec("wandb") is not None
+
+
+def _is_online(tracking: TrackingSettings) -> bool:
+    return tracking.wandb == "online" and resolve_mode(tracking) == "online"
 
 
 def key_fix(*, rejected: bool = False) -> str:
@@ -95,12 +120,12 @@ def key_fix(*, rejected: bool = False) -> str:
     if HIDDEN_NAMES in os.environ:
         valid = "a valid key" if rejected else "the key"
         return (
-            f"name a file on the nodes that holds {valid} as {_KEY} in `secrets` of the cluster "
+            f"name a file on the nodes that holds {valid} as {KEY} in `secrets` of the cluster "
             "in clusters.yaml"
         )
     if rejected:
-        return f"run `wandb login --relogin` or set {_KEY} to a key that is valid"
-    return f"run `wandb login` or set {_KEY}"
+        return f"run `wandb login --relogin` or set {KEY} to a key that is valid"
+    return f"run `wandb login` or set {KEY}"
 
 
 def ask() -> Answer:
@@ -151,9 +176,9 @@ def server() -> str:
 
 def key_source() -> str:
     """Where the key is from, for messages."""
-    if os.environ.get(_KEY):
-        secret = _KEY in hidden_names(os.environ)
-        return f"the {'secret of the cluster' if secret else 'environment variable'} {_KEY}"
+    if os.environ.get(KEY):
+        secret = KEY in hidden_names(os.environ)
+        return f"the {'secret of the cluster' if secret else 'environment variable'} {KEY}"
     return "the settings file of wandb" if _settings_files().get("api_key") else "~/.netrc"
 
 
@@ -161,7 +186,7 @@ def _key(base_url: str) -> str | None:
     """The key that wandb would use for a server."""
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return None
-    found = os.environ.get(_KEY) or _settings_files().get("api_key")
+    found = os.environ.get(KEY) or _settings_files().get("api_key")
     return found or _netrc_passwords().get(urlsplit(base_url).netloc)
 
 
@@ -177,7 +202,7 @@ def _settings_files() -> dict[str, str]:
 
 def _has_credentials(files: Mapping[str, str]) -> bool:
     """Whether wandb would find a key: in the environment, the netrc file or its settings."""
-    if os.environ.get(_KEY) or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if os.environ.get(KEY) or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     base = os.environ.get("WANDB_BASE_URL") or files.get("base_url")
     hosts = [urlsplit(base).netloc] if base else _HOSTS

@@ -41,10 +41,14 @@ class WandbBack:
         self._begin, self._axes = begin, set[str]()
         # Rows are numbered behind those of all attempts before, as no server is asked offline.
         self._row = begin.setdefault("row", 2 * _lines(Path(begin["events"]), begin["events_size"]))
-        why = self._why_not() if begin["mode"] == "online" else ""
-        self._lock = claim(Path(begin["dir"]))
-        if begin["mode"] == "online" and not why and self._lock and not begin.get("started"):
-            catch_up(Path(begin["dir"]))
+        # An attempt that began offline stays so: its later rows have no place before the first.
+        why = begin.get("offline") or (self._why_not() if begin["mode"] == "online" else "")
+        # One lock for all starts: that of a back that failed would go with it.
+        begin["lock"] = begin.get("lock") or claim(Path(begin["dir"]))
+        if begin["mode"] == "online" and not why and begin["lock"] and not begin.get("started"):
+            why = catch_up(Path(begin["dir"]))
+        if not begin.get("started"):
+            begin["offline"] = why
         waiting = sync_command(Path(begin["dir"]))
         self._run = self._start("offline" if why else begin["mode"])
         self.about = redact_text(self._run.url or "offline" + (why and f", as {why}"))

@@ -74,6 +74,23 @@ def test_the_gpus_are_those_that_ray_names(longspan, lab, dashboard):
     assert UNKNOWN in plan(longspan, *GPUS)
 
 
+def test_a_run_that_begins_with_fewer_ranks_takes_longer(longspan, lab, dashboard, storage):
+    """An equal run is one of as many ranks, and GPU-hours are those of ranks that there are."""
+    dashboard.nodes = [(4, 16, "H100")]
+    few = ("--set", "ranks=8", "--set", "ranks_at_least=2", "--set", "stages.0.batch_tokens=8K",
+           "--set", "stages.1.batch_tokens=8K", "--set", "stages.0.tokens=10T",
+           "--set", "stages.1.tokens=10T")  # fmt: skip
+    out = plan(longspan, *GPUS, *few)
+    assert "ranks    8, one per GPU, on 1 node" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("time")]
+    assert line == next(line for line in plan(longspan, *GPUS, *few, "--set", "ranks=4",
+                        ).splitlines() if line.startswith("time"))  # fmt: skip
+    assert longspan("submit", "smoke", "--run-id", "few", *GPUS, *few)[0] == 0
+    assert longspan("submit", "smoke", "--run-id", "four", *GPUS, *few, "--set", "ranks=4")[0] == 0
+    few_record, four = Registry().get("few"), Registry().get("four")
+    assert few_record.shape == four.shape and (few_record.ranks, four.ranks) == (8, 4)
+
+
 def test_the_file_can_name_the_gpus(longspan, lab, dashboard):
     dashboard.nodes = [(4, 16, "")]
     lab(nodes={"count": 1, "gpus": 4, "gpu_name": "A100"})

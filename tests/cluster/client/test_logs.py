@@ -5,6 +5,8 @@ import time
 
 import pytest
 from longspan.cluster import output
+from longspan.cluster.jobs import Jobs
+from longspan.errors import ClusterError
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,28 @@ def test_a_connection_that_breaks_off_loses_and_repeats_nothing(longspan, dashbo
     code, out, _ = longspan("logs", "-f", "mine")
     assert code == 0
     assert out == "half of a line\nlast\n"
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_run_that_says_nothing_for_long_is_followed_on(
+    longspan, dashboard, mine, monkeypatch, breaks
+):
+    """Something in between may end a quiet stream again and again: that is no failure."""
+    monkeypatch.setattr(output, "_RETRIES", 2)
+    streams = 0
+
+    def follow(self, submission):
+        nonlocal streams
+        streams += 1
+        if streams == 6:
+            dashboard.output["mine-1"] += "at last\n"
+            dashboard.end(dashboard.jobs["mine-1"], "SUCCEEDED", 0)
+        if breaks:
+            raise ClusterError("the stream broke", "ask again")
+        return iter(())
+
+    monkeypatch.setattr(Jobs, "follow", follow)
+    assert longspan("logs", "-f", "mine")[:2] == (0, "at last\n")
 
 
 def test_the_last_words_are_printed_also_if_the_stream_ends_before(longspan, dashboard, mine):

@@ -14,7 +14,7 @@ from longspan.cluster.jobs import Job, Jobs
 from longspan.cluster.registry import Record, Registry
 from longspan.cluster.standing import merged
 from longspan.trainer.observe.events import EventLog
-from support.recorded import leave_run
+from support.recorded import leave_run, step_event
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,11 @@ def test_a_run_from_queue_to_end(longspan, dashboard, lab, folder):
         ("stopped", "STOPPED", None, "stopped"), ("failed", "FAILED", 75, "failed"),
         ("lost", "STOPPED", None, "interrupted"), ("running", "STOPPED", None, "interrupted"),
         ("running", "FAILED", 1, "failed"), ("lost", "FAILED", None, "failed"),
-        ("complete", "FAILED", 1, "complete"),
+        ("complete", "FAILED", 1, "complete"), ("complete", "FAILED", 2, "complete"),
+        # The end of an older job: this one has left nothing in the folder.
+        ("stopped", "FAILED", 2, "failed"), ("stopped", "FAILED", 1, "failed"),
+        ("interrupted", "FAILED", 2, "failed"), ("failed", "FAILED", 2, "failed"),
+        ("stopped", "FAILED", 75, "stopped"), ("interrupted", "FAILED", 130, "interrupted"),
         ("stopped", None, None, "stopped"), (None, None, None, "unknown"),
     ],
 )  # fmt: skip
@@ -295,6 +299,36 @@ def test_a_run_that_failed_says_why(longspan, dashboard, folder):
     )
     EventLog(directory.events, 1).write("ended", code=1, how="failed", reason="it broke")
     assert longspan("status", "mine")[1].startswith("mine: failed: it broke\n")
+
+
+def test_a_resume_that_fails_before_its_first_attempt_is_no_earlier_end(
+    longspan, dashboard, folder
+):
+    """Its driver has left nothing in the folder, which still tells of the attempt before."""
+    directory, now = folder(3), time.time()
+    job = dashboard.jobs["mine-1"]
+    job.update(start_time=1000 * (now + 600))
+    dashboard.end(job, "FAILED", 2)
+    job.update(end_time=1000 * (now + 601))
+    assert longspan("runs")[1].splitlines()[1].split()[2] == "failed"
+    said = "mine: failed: its driver ended with exit code 2\n"
+    assert longspan("status", "mine")[1].startswith(said)
+    EventLog(directory.events, 2).write("ended", code=1, how="failed", reason="it broke before")
+    assert longspan("status", "mine")[1].startswith(said)
+    # Somebody went on with it without this cluster.
+    job.update(start_time=1000 * (now - 601), end_time=1000 * (now - 600))
+    EventLog(directory.events, 3).write("ended", code=75, how="stopped")
+    assert longspan("runs")[1].splitlines()[1].split()[2] == "stopped"
+
+
+def test_a_run_that_was_stopped_while_it_waited_has_saved_nothing(longspan, dashboard, folder):
+    directory = folder(0)
+    dashboard.end(dashboard.jobs["mine-1"], "FAILED", 75)
+    _, out, _ = longspan("status", "mine")
+    assert out.startswith("mine: stopped before it had a checkpoint\n") and "no checkpoint" in out
+    EventLog(directory.events, 2).write("step", **step_event(1))
+    EventLog(directory.events, 2).write("ended", code=75, how="stopped")
+    assert longspan("status", "mine")[1].startswith("mine: stopped, and saved\n")
 
 
 def test_a_run_that_was_submitted_from_another_machine(

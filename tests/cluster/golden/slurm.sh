@@ -14,7 +14,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@660
+#SBATCH --signal=B:USR1@660
 
 set -euo pipefail
 umask 077
@@ -94,12 +94,14 @@ if [[ $up -lt 2 ]]; then
   echo "warning: $up of 2 nodes have joined; the run begins when those are enough" >&2
 fi
 
-asked=0
+# The time is almost over: save, and be queued again. scancel (SIGTERM) saves only.
+asked=0 again=0
 stop() {
-  asked=1
+  asked=1 again=$1
   longspan stop "$RUN_ID" || true
 }
-trap stop TERM
+trap 'stop 1' USR1
+trap 'stop 0' TERM
 longspan submit "$RECIPE" --cluster slurm --run-id "$RUN_ID"
 longspan logs -f "$RUN_ID" &
 worker=$!
@@ -110,7 +112,7 @@ if [[ $asked == 1 ]]; then
   while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
-  if [[ $code != 0 ]]; then
+  if [[ $again == 1 && $code != 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID" || true
   fi
 fi

@@ -14,7 +14,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@660
+#SBATCH --signal=B:USR1@660
 
 set -euo pipefail
 umask 077
@@ -54,13 +54,14 @@ exec torchrun --nnodes=2 --nproc-per-node=8 --node-rank="$SLURM_NODEID" \
   -m longspan.cli train "$RECIPE" --run-dir "$RUN_DIR"
 END_OF_FILE
 
-asked=0
+# The time is almost over: save, and be queued again. scancel (SIGTERM) saves only.
+asked=0 again=0
 stop() {
-  asked=1
-  # srun hands it on to the ranks, which save.
+  asked=1 again=$1
   kill -TERM "$worker"
 }
-trap stop TERM
+trap 'stop 1' USR1
+trap 'stop 0' TERM
 srun --kill-on-bad-exit=1 bash "$WORK/ranks.sh" &
 worker=$!
 code=0
@@ -70,7 +71,7 @@ if [[ $asked == 1 ]]; then
   while kill -0 "$worker" 2> /dev/null; do wait "$worker" || true; done
   code=0
   wait "$worker" || code=$?
-  if [[ $code != 0 ]]; then
+  if [[ $again == 1 && $code != 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID" || true
   fi
 fi

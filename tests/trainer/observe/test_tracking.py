@@ -194,6 +194,22 @@ def test_no_credential_is_tracked_and_the_goodput_is(directory, monkeypatch, tmp
     assert messages[0]["values"]["config"]["stages"][0]["batch_tokens"] == 1024
 
 
+def test_a_path_with_an_ordinary_word_that_is_hidden_still_leads_there(monkeypatch, tmp_path):
+    script = "import sys; open('sent', 'wb').write(sys.stdin.buffer.read())"
+    monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
+    monkeypatch.setenv("MY_LOGIN", "somebody-1")
+    monkeypatch.setenv("LONGSPAN_HIDDEN", "MY_LOGIN")
+    run = settings()
+    directory = create_or_open(tmp_path / "somebody-1" / "mine", run, "tiny")
+    project = TrackingSettings(wandb="offline", project="of somebody-1")
+    config = run.model_copy(update={"tracking": project})
+    (tracker,) = tracking.start_tracking(directory, config, 1, Console())
+    tracker.close()
+    begin = json.loads((tmp_path / "sent").read_text().splitlines()[0])["values"]
+    assert begin["dir"] == str(directory.path) and begin["events"] == str(directory.events)
+    assert begin["project"] == begin["config"]["tracking"]["project"] == "of ***"
+
+
 def test_a_tracker_that_fails_turns_tracking_off_with_one_warning(directory, monkeypatch):
     script = "print('failed no route to host', flush=True)"
     monkeypatch.setattr(tracking_pipe, "TRACKER", (sys.executable, "-c", script))
