@@ -19,7 +19,7 @@ from .registry import Record
 from .submission import cluster_of
 
 _TAIL_BYTES = 65536
-_LIST_S = 1.0
+_LIST_S = 0.8
 """Clusters that are slower than that must not keep a list of runs waiting."""
 
 CLOCKS_S = 60.0
