@@ -3,90 +3,29 @@
 import time
 
 import pytest
-from longspan.cluster.nodes import Node
 from longspan.cluster.preflight import devices, groups, versions
 from longspan.cluster.preflight import preflight as module
 from longspan.cluster.preflight.inspector import Inspector
+from support.measuring_crew import MeasuringCrew, node
 from support.short_run import short_run
-
-
-def node(number, cores=2, gpus=0):
-    return Node(id=f"{number}" * 56, address=f"10.0.0.{number}", gpus=gpus, cores=cores)
-
-
-class _Crew:
-    """Answers for nodes, some of which spoil every group that they are in."""
-
-    def __init__(self, nodes, spoilers, left=60.0):
-        self.present, self._spoilers, self._left = list(nodes), spoilers, left
-        self.groups = []
-
-    def left(self, most_s):
-        return min(most_s, self._left)
-
-    def ask(self, method, arguments, limit_s):
-        if method == "port":
-            return {name: ("127.0.0.1", number) for number, name in enumerate(arguments)}
-        groups = {}
-        for name, (group, _) in arguments.items():
-            groups.setdefault(group.port, []).append((name, group))
-        self.groups = [[name for name, _ in members] for members in groups.values()]
-        for members in groups.values():
-            assert [group.first for _, group in members] == list(
-                range(0, members[0][1].world, members[0][1].local)
-            )
-        spoilt = {name: set(names) & self._spoilers for names in self.groups for name in names}
-        return {
-            name: {"error": "timed out"} if spoilt[name] else {"bytes_per_s": 1e12}
-            for name in arguments
-        }
-
-
-def failed_in(crew):
-    return [r.node for r in groups.measure(crew, crew.present) if r.level == "fail"]
-
-
-def test_pairs_tell_which_node_spoils_the_group():
-    nodes = [node(number) for number in range(1, 6)]
-    assert failed_in(_Crew(nodes, set())) == []
-    crew = _Crew(nodes, {nodes[1].name})
-    assert failed_in(crew) == [nodes[0].name, nodes[1].name]
-    assert [len(names) for names in crew.groups] == [2, 3]
-    assert failed_in(_Crew(nodes[:2], {nodes[1].name})) == [nodes[0].name, nodes[1].name]
-
-
-def test_gpus_of_a_node_measure_alone_first_and_nodes_without_any_do_not():
-    nodes = [node(1, gpus=8), node(2, gpus=8), node(3)]
-    found = groups.measure(_Crew(nodes, set()), nodes)
-    assert [(r.node, r.check) for r in found] == [
-        (nodes[0].name, "bandwidth inside"), (nodes[1].name, "bandwidth inside"),
-        (nodes[0].name, "bandwidth between"), (nodes[1].name, "bandwidth between"),
-    ]  # fmt: skip
-    assert failed_in(_Crew(nodes, {nodes[0].name})) == [nodes[0].name]
-
-
-def test_without_time_nothing_is_measured_and_nobody_is_blamed():
-    nodes = [node(1), node(2)]
-    found = groups.measure(_Crew(nodes, set(), left=3.0), nodes)
-    assert [result.level for result in found] == ["warn", "warn"]
 
 
 def test_a_later_node_measures_with_known_ones_which_are_not_judged_again():
     known, new = [node(1), node(2)], node(3)
-    crew = _Crew([*known, new], set())
+    crew = MeasuringCrew([*known, new], set())
     found = groups.measure(crew, [new], known)
     assert [(r.node, r.check, r.level) for r in found] == [(new.name, "bandwidth between", "ok")]
     assert crew.groups == [[known[0].name, known[1].name, new.name]]
-    assert [r.node for r in groups.measure(_Crew([*known, new], {new.name}), [new], known)] == [
-        new.name
-    ]
+    assert [
+        r.node for r in groups.measure(MeasuringCrew([*known, new], {new.name}), [new], known)
+    ] == [new.name]
     # With a known one that is alone nothing else would tell that it cannot be reached.
-    assert groups.measure(_Crew(known, {new.name}), [], known) == []
-    cores = groups.measure(_Crew([node(1, gpus=2), new], set()), [new], [node(1, gpus=2)])
+    assert groups.measure(MeasuringCrew(known, {new.name}), [], known) == []
+    cores = groups.measure(MeasuringCrew([node(1, gpus=2), new], set()), [new], [node(1, gpus=2)])
     assert cores == []  # its ranks would be on GPUs, and it has none
 
 
-class _Leaving(_Crew):
+class _Leaving(MeasuringCrew):
     """Some nodes go away while all of them measure, and spoil that."""
 
     def __init__(self, nodes, leaving, spoilers=(), after=60.0, at="reduce"):
@@ -123,7 +62,7 @@ def test_a_known_node_that_goes_away_does_not_take_new_ones_with_it(at):
     assert [level for _, level in found_in(crew, nodes)] == ["ok", "ok", "fail", "fail"]
 
 
-class _Looked(_Crew):
+class _Looked(MeasuringCrew):
     """A whole crew, whose inspectors are in this process; some nodes cannot be reached."""
 
     def __init__(self, nodes, tmp_path, cut=()):

@@ -3,17 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from longspan.cluster.nodes import Node
 from longspan.cluster.preflight import bandwidth, devices, groups, network
+from support.measuring_crew import MeasuringCrew, node
 
 
 def level_of(results, node):
     (result,) = [result for result in results if result.node == node]
     return result.level, result.found
-
-
-def node(number, cores=2, gpus=0):
-    return Node(id=f"{number}" * 56, address=f"10.0.0.{number}", gpus=gpus, cores=cores)
 
 
 def gpu_node(**changes):
@@ -130,78 +126,47 @@ def test_a_rank_that_stays_alone_fails_in_time():
     assert "nope0" in bandwidth.probe(nowhere, {"GLOO_SOCKET_IFNAME": "nope0"}, 30)["error"]
 
 
-class _Crew:
-    """Answers for nodes, some of which spoil every group that they are in."""
-
-    def __init__(self, nodes, spoilers, left=60.0, slow=()):
-        self.present, self._spoilers, self._left = list(nodes), spoilers, left
-        self.groups, self._slow, self.rounds = [], slow, 0
-
-    def left(self, most_s):
-        return min(most_s, self._left)
-
-    def ask(self, method, arguments, limit_s):
-        if method == "port":
-            return {name: ("127.0.0.1", number) for number, name in enumerate(arguments)}
-        groups = {}
-        for name, (group, _) in arguments.items():
-            groups.setdefault(group.port, []).append((name, group))
-        self.groups = [[name for name, _ in members] for members in groups.values()]
-        for members in groups.values():
-            assert [group.first for _, group in members] == list(
-                range(0, members[0][1].world, members[0][1].local)
-            )
-        self.rounds += 1
-        speeds = {name: 1e6 if set(names) & set(self._slow) else 1e12
-                  for names in self.groups for name in names}  # fmt: skip
-        spoilt = {name: set(names) & self._spoilers for names in self.groups for name in names}
-        return {
-            name: {"error": "timed out"} if spoilt[name] else {"bytes_per_s": speeds[name]}
-            for name in arguments
-        }
-
-
 def failed_in(crew):
     return [r.node for r in groups.measure(crew, crew.present) if r.level == "fail"]
 
 
 def test_pairs_tell_which_node_spoils_the_group():
     nodes = [node(number) for number in range(1, 6)]
-    assert failed_in(_Crew(nodes, set())) == []
-    crew = _Crew(nodes, {nodes[1].name})
+    assert failed_in(MeasuringCrew(nodes, set())) == []
+    crew = MeasuringCrew(nodes, {nodes[1].name})
     assert failed_in(crew) == [nodes[0].name, nodes[1].name]
     assert [len(names) for names in crew.groups] == [2, 3]
-    assert failed_in(_Crew(nodes[:2], {nodes[1].name})) == [nodes[0].name, nodes[1].name]
+    assert failed_in(MeasuringCrew(nodes[:2], {nodes[1].name})) == [nodes[0].name, nodes[1].name]
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
 def test_neighbours_tell_which_node_makes_all_of_them_slow(count):
     nodes = [node(number) for number in range(1, count + 1)]
     for slow in nodes:
-        crew = _Crew(nodes, set(), slow=[slow.name])
+        crew = MeasuringCrew(nodes, set(), slow=[slow.name])
         assert failed_in(crew) == [slow.name]
         assert crew.rounds == 1 + (3 if count % 2 else 2)
 
 
 def test_of_two_nodes_nobody_can_say_and_where_all_are_slow_nobody_fails():
     nodes = [node(number) for number in range(1, 6)]
-    assert failed_in(_Crew(nodes[:2], set(), slow=[nodes[0].name])) == []
-    assert failed_in(_Crew(nodes, set(), slow=[n.name for n in nodes])) == []
-    quick = _Crew(nodes, set())
+    assert failed_in(MeasuringCrew(nodes[:2], set(), slow=[nodes[0].name])) == []
+    assert failed_in(MeasuringCrew(nodes, set(), slow=[n.name for n in nodes])) == []
+    quick = MeasuringCrew(nodes, set())
     assert failed_in(quick) == [] and quick.rounds == 1
 
 
 def test_gpus_of_a_node_measure_alone_first_and_nodes_without_any_do_not():
     nodes = [node(1, gpus=8), node(2, gpus=8), node(3)]
-    found = groups.measure(_Crew(nodes, set()), nodes)
+    found = groups.measure(MeasuringCrew(nodes, set()), nodes)
     assert [(r.node, r.check) for r in found] == [
         (nodes[0].name, "bandwidth inside"), (nodes[1].name, "bandwidth inside"),
         (nodes[0].name, "bandwidth between"), (nodes[1].name, "bandwidth between"),
     ]  # fmt: skip
-    assert failed_in(_Crew(nodes, {nodes[0].name})) == [nodes[0].name]
+    assert failed_in(MeasuringCrew(nodes, {nodes[0].name})) == [nodes[0].name]
 
 
 def test_without_time_nothing_is_measured_and_nobody_is_blamed():
     nodes = [node(1), node(2)]
-    found = groups.measure(_Crew(nodes, set(), left=3.0), nodes)
+    found = groups.measure(MeasuringCrew(nodes, set(), left=3.0), nodes)
     assert [result.level for result in found] == ["warn", "warn"]
