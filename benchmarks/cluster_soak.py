@@ -47,7 +47,7 @@ def main() -> int:
         disk = _disk(folder, stack) if FULL_DISK in args.kinds else None
         kinds = tuple(kind for kind in args.kinds if kind != FULL_DISK or disk is not None)
         plan = Plan(args.faults, kinds, args.every, args.apart, args.seed,
-                    args.least, args.first, args.interval)  # fmt: skip
+                    args.least, args.first, args.interval, args.preflight)  # fmt: skip
         cluster = LocalCluster(nodes=args.nodes)
         stack.callback(cluster.close)
         reference = trained_here(plan.settings(folder / "texts"), folder / "reference")
@@ -65,6 +65,7 @@ def main() -> int:
         "faults_wanted": args.faults,
         "nodes": args.nodes,
         "every": args.every,
+        "preflight": args.preflight,
         "steps": plan.steps,
         "limits_s": {"least": args.least, "first": args.first, "interval": args.interval},
         "left_out": sorted(set(args.kinds) - set(kinds)),
@@ -92,6 +93,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--first", type=float, default=60.0, help="seconds: recovery.hang.first")
     parser.add_argument("--interval", type=float, default=0.5, help="seconds, as of the driver")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preflight", action="store_true",
+                        help="look at nodes first, as a user's runs do")  # fmt: skip
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.nodes < 2 or args.faults < 1 or args.starts < 1:

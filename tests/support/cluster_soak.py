@@ -43,6 +43,7 @@ class Plan:
         least: Seconds that anything may take before it is a hang.
         first: Seconds that something may take of which nothing is known yet.
         interval: Seconds between two reports of a node.
+        preflight: Whether nodes are looked at before they are used.
     """
 
     faults: int
@@ -53,6 +54,7 @@ class Plan:
     least: float
     first: float
     interval: float
+    preflight: bool
 
     @property
     def steps(self) -> int:
@@ -78,7 +80,8 @@ class Plan:
 
     def options(self) -> tuple[str, ...]:
         """Of the driver."""
-        return "--no-preflight", "--interval", str(self.interval)
+        look = () if self.preflight else ("--no-preflight",)
+        return *look, "--interval", str(self.interval)
 
 
 @dataclass(frozen=True)
