@@ -1,8 +1,10 @@
 """One cluster of two nodes for all files that want a real one; it takes seconds to start."""
 
+import os
 from pathlib import Path
 
 import pytest
+from longspan.redact import HIDDEN_NAMES
 from support.cluster import LocalCluster
 from support.cluster_runs import local_reference
 from support.nodes import World
@@ -28,6 +30,16 @@ def pytest_runtest_teardown(item, nextitem):
     """The cluster goes with the last test of this folder: it would slow down those that follow."""
     if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
         _close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_hidden():
+    """Whoever takes secrets in this process says so in its environment, where others would see."""
+    before = os.environ.pop(HIDDEN_NAMES, None)
+    yield
+    os.environ.pop(HIDDEN_NAMES, None)
+    if before is not None:
+        os.environ[HIDDEN_NAMES] = before
 
 
 @pytest.fixture

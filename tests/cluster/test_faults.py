@@ -33,7 +33,7 @@ STACKS = {"hang": 2, "kill_rank_beside_another": 1}
 
 
 def test_a_run_that_meets_faults_ends_bit_equal(cluster, reference, texts, tmp_path):
-    faults = sample("cluster faults", FAULTS, 2)
+    faults = sample("cluster faults", FAULTS, 1)
     cluster.nodes += [cluster.add_node() for fault in faults if fault in NEED_A_SPARE]
     started, struck = time.time(), []
     run = cluster_run(texts, recovery={"hang": HANG})

@@ -45,7 +45,7 @@ def alone(worlds):
     return twenty(worlds, 1)
 
 
-@pytest.mark.parametrize("name", sample("twenty steps", LAYOUTS, 5))
+@pytest.mark.parametrize("name", sample("twenty steps", LAYOUTS, 3))
 def test_twenty_steps_are_those_of_one_rank(worlds, alone, name):
     ranks, parallel = LAYOUTS[name]
     assert relative(twenty(worlds, ranks, stage__parallel=parallel), alone) < 1e-5

@@ -5,6 +5,7 @@ import torch
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.evaluation import local_part
 from support.cases import train
+from support.grid import sample
 from support.mechanism_cases import MECHANISMS
 from support.tiny import VOCAB, random_sample, tiny_run
 
@@ -166,7 +167,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sample("variants", VARIANTS, 4))
 def test_variant_splits_too(worlds, name):
     change = VARIANTS[name]
     expected = worlds(1).run(train, tiny_run(**change))[0]

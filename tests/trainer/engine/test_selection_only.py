@@ -1,11 +1,14 @@
 """Stages in which only what selects keys learns, and what tensor ranks hold twice."""
 
+from itertools import product
+
 import pytest
 import torch
 from longspan.trainer.engine.checkpoint import load_engine, save_engine
 from longspan.trainer.engine.engine import Engine
 from longspan.trainer.engine.partition import global_names
 from support.cases import batches, take_step
+from support.grid import sample
 from support.mechanism_cases import MECHANISMS, SEER
 from support.tiny import VOCAB, tiny_run
 
@@ -79,7 +82,7 @@ def test_the_model_stands_still(worlds, tmp_path, name):
     worlds(1).run(check_frozen, name, tmp_path / "shards")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sample("layouts of selections", CASES, 3))
 def test_every_layout_and_recompute_equal_one_rank(worlds, name):
     want = worlds(1).run(learn, settings(name))[0]
     assert worlds(1).run(learn, settings(name, recompute="full"))[0] == want
@@ -104,8 +107,10 @@ def replicated(name, parallel, steps):
     }
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("name", ["indexer", "indexer_by_kv_head", "nsa_token_gate"])
+SHARED = list(product(["indexer", "indexer_by_kv_head", "nsa_token_gate"], [False, True]))
+
+
+@pytest.mark.parametrize(("name", "sequence"), sample("tensor ranks share", SHARED, 2))
 def test_what_tensor_ranks_share_stays_bit_equal(worlds, name, sequence):
     parallel = {"tensor": 2, "sequence": sequence}
     one, other = worlds(2).run(replicated, name, parallel, 20)
