@@ -36,7 +36,7 @@ def one_rank(worlds):
     return worlds(1).run(train, tiny_run())[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", sample("layouts", LAYOUTS, 6))
 def test_layout_equals_one_rank(worlds, one_rank, name):
     ranks, parallel = LAYOUTS[name]
     found = worlds(ranks).run(train, tiny_run(stage__parallel=parallel))
@@ -130,7 +130,7 @@ def moe_one_rank(worlds):
     return worlds(1).run(train, tiny_run(model__moe=MOE))[0]
 
 
-@pytest.mark.parametrize("name", MOE_LAYOUTS)
+@pytest.mark.parametrize("name", sample("layouts of experts", MOE_LAYOUTS, 3))
 def test_moe_layout_equals_one_rank(worlds, moe_one_rank, name):
     ranks, parallel = MOE_LAYOUTS[name]
     found = worlds(ranks).run(train, tiny_run(stage__parallel=parallel, model__moe=MOE))
@@ -167,7 +167,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", sample("variants", VARIANTS, 4))
+@pytest.mark.parametrize("name", sample("variants", VARIANTS, 3))
 def test_variant_splits_too(worlds, name):
     change = VARIANTS[name]
     expected = worlds(1).run(train, tiny_run(**change))[0]
