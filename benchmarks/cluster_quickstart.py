@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from about import about
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.submitter import Submitter
@@ -51,12 +48,7 @@ def main() -> int:
         "outcome": "bit-equal",
         **found,
         "changes": args.changes,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("ray", "torch", "megatron-core")},
-        },
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("ray", "torch", "megatron-core"),
     }
     print(json.dumps(result, indent=2))
     if args.out:

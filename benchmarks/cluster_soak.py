@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,10 +20,10 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from about import about
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.cluster import LocalCluster
@@ -58,7 +56,6 @@ def main() -> int:
         soak.run(lambda line: print(line, flush=True))
         soak.assert_nothing_lost(reference)
         found = summary(soak.run_dir, soak.struck, cold)
-    packages = "ray", "torch", "megatron-core"
     result = {
         "outcome": "bit-equal",
         "seed": args.seed,
@@ -71,9 +68,7 @@ def main() -> int:
         "left_out": sorted(set(args.kinds) - set(kinds)),
         **found,
         "minutes": round((time.monotonic() - begun) / 60, 1),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("ray", "torch", "megatron-core"),
     }
     print(_table(result))
     if args.out:

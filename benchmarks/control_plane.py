@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import resource
 import secrets
 import sys
@@ -21,13 +20,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import psutil
+from about import about
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from longspan.cluster.driver import Driver, Options
@@ -175,9 +173,7 @@ def main() -> int:
         "processes": args.processes,
         "cases": rows,
         "load": round(os.getloadavg()[0], 2),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "ray": version("ray")},
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("ray"),
     }
     print(_table(rows))
     if args.out:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from about import about
 
 ROOT = Path(__file__).parents[1]
 GRIDS = {
@@ -79,12 +78,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [run(name) for name in args.grids]
-    packages = "torch", "megatron-core"
     result = {
         "rows": rows,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("torch", "megatron-core"),
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

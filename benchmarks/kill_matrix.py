@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from about import about
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.kills import STORE, Case, Kills, as_row
@@ -68,7 +66,6 @@ def main() -> int:
             print(f"{number + 1}/{len(cases)} {rows[-1]['outcome'][:60]}: {case}", flush=True)
         for kills in {kills for kills, _ in cases}:
             kills.close()
-    packages = "torch", "megatron-core"
     equal = sum(row["outcome"] == BIT_EQUAL for row in rows)
     result = {
         "cases": len(rows),
@@ -76,9 +73,7 @@ def main() -> int:
         "points": len({(row["role"], row["label"], row["when"]) for row in rows}),
         "killed": dict(Counter(row["killed"] for row in rows)),
         "minutes": round((time.monotonic() - begun) / 60, 1),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("torch", "megatron-core"),
         "rows": rows,
     }
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=2))

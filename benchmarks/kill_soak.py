@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+
+from about import about
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.kills import Kills
@@ -39,16 +37,13 @@ def main() -> int:
         kills = Kills(Path(folder), steps=args.kills * args.every, every=args.every)
         soaked = soak(kills, args.kills, args.seed)
         kills.close()
-    packages = "torch", "megatron-core"
     result = {
         "outcome": "bit-equal",
         "seed": args.seed,
         "every": args.every,
         **asdict(soaked),
         "minutes": round((time.monotonic() - begun) / 60, 1),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("torch", "megatron-core"),
     }
     text = json.dumps(result, indent=2) + "\n"
     print(text)

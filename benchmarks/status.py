@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -19,13 +18,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import longspan
+from about import about
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from longspan.cluster.registry import Place, Record, Registry, Submission
@@ -66,9 +64,7 @@ def main() -> int:
         "most_s": {name: round(max(found), 3) for name, found in seconds.items()},
         "met": all(median(seconds[name]) < _TARGET_S for name in commands),
         "load": round(os.getloadavg()[0], 2),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "pydantic": version("pydantic")},
-        "date": datetime.now(UTC).date().isoformat(),
+        **about("pydantic"),
     }
     print(_table(result))
     if args.out:

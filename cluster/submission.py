@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from ..trainer.exactness import Level
 from ..trainer.run_directory import refuse_credentials, settings_hash
 from ..trainer.settings import RunSettings
 from .clusters import Cluster, find_cluster, known_cluster
+from .command import driver_command, job_variables
 from .door import NoAnswer
 from .entry import RECIPE
 from .fit import Fit, fit
@@ -31,9 +31,6 @@ from .registry import Place, Record, Registry, check_id, new_id
 from .shape import Shape, shape_of
 from .tracking import tracking_words
 from .wheel import build_wheel
-
-ENDING_S = 60
-"""Seconds beyond `recovery.grace` in which a run that was asked to stop may end by itself."""
 
 
 @dataclass(frozen=True)
@@ -191,20 +188,11 @@ def _read(record: Record, text: str) -> RunSettings:
 def entrypoint(record: Record, cluster: Cluster, options: Sequence[str] = ()) -> str:
     """The command line of a run's driver, for a shell."""
     settings = cluster.settings
-    words = ["--run-id", record.id, "--run-dir", record.run_dir]
-    words += ["--name", record.recipe]
-    # What was decided here holds there: other nodes may be up by then, or none yet.
-    if record.device:
-        words += ["--device", record.device, "--ranks", str(record.ranks)]
-    if record.slots:
-        words += ["--slots", str(record.slots)]
-    words += options
-    if settings.secrets:
-        words += ["--secrets", *(f"{name}={path}" for name, path in settings.secrets.items())]
-    if settings.interface is not None:
-        words += ["--interface", settings.interface]
-    # exec: the shell would get the signal to stop as well, and die of it.
-    return f"exec python -P -m longspan.cluster.entry {shlex.join(words)}"
+    return driver_command(
+        "entry", record.id, record.run_dir, record.recipe, options,
+        device=record.device, ranks=record.ranks, slots=record.slots,
+        secrets=settings.secrets, interface=settings.interface,
+    )  # fmt: skip
 
 
 def _record(order: Order, recipe: Recipe, cluster: Cluster) -> Record:
@@ -271,11 +259,7 @@ def _send(
             submission,
             entrypoint(record, jobs.cluster, options),
             code=[code],
-            variables={
-                RECIPE: text,
-                # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
-                "RAY_JOB_STOP_WAIT_TIME_S": str(round(run.recovery.grace) + ENDING_S),
-            },
+            variables={RECIPE: text, **job_variables(run.recovery.grace)},
             metadata={RUN_KEY: record.id, SETTINGS_KEY: settings_hash(run)},
         )
     except ClusterError as error:

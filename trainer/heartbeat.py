@@ -139,10 +139,8 @@ def open_heartbeat() -> Heartbeat:
     path = os.environ.get(HEARTBEAT)
     try:
         return Heartbeat(Path(path) if path else None)
-    except (
-        OSError,
-        ValueError,
-    ):  # whoever watches sees nothing then; the run itself needs no heartbeat
+    except (OSError, ValueError):
+        # Whoever watches sees nothing then; the run itself needs no heartbeat.
         return Heartbeat()
 
 

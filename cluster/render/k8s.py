@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from typing import Any
 
 import yaml
 
 from ... import __version__
+from ..command import ENDING_S, driver_command, job_variables
 from ..jobs import RUN_KEY
-from ..submission import ENDING_S
 from .order import Order, label
 
 RAY_VERSION = "2.52.0"
@@ -72,7 +71,6 @@ def manifest(order: Order, image: str, claim: str) -> list[dict[str, Any]]:
         "metadata": {"name": f"{name}-recipe"},
         "data": {_RECIPE: order.text},
     }
-    stop_s = order.grace_s + ENDING_S
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -81,10 +79,7 @@ def manifest(order: Order, image: str, claim: str) -> list[dict[str, Any]]:
             "jobId": f"{order.run_id}-1",
             "entrypoint": _entrypoint(order),
             "metadata": {RUN_KEY: order.run_id},
-            # Ray kills a driver 3 seconds after it was asked to stop, unless told otherwise.
-            "runtimeEnvYAML": yaml.safe_dump(
-                {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_s)}}
-            ),
+            "runtimeEnvYAML": yaml.safe_dump({"env_vars": job_variables(order.grace_s)}),
             "backoffLimit": _NEW_CLUSTERS,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _KEPT_S,
@@ -122,17 +117,13 @@ def render_k8s(order: Order, image: str, claim: str) -> str:
 
 
 def _entrypoint(order: Order) -> str:
-    words = ["--run-id", order.run_id, "--run-dir", order.run_dir]
-    words += ["--name", order.name, "--recipe", f"{_MOUNT}/{_RECIPE}"]
-    words += ["--device", "gpu" if order.gpus else "cpu", "--ranks", str(order.ranks)]
     slots = min(order.gpus or order.node_cores, order.node_cores)  # none of them may be up yet
-    words += ["--slots", str(slots)]
-    if order.secrets:
-        words += ["--secrets", *(f"{name}={path}" for name, path in order.secrets.items())]
-    if order.interface is not None:
-        words += ["--interface", order.interface]
-    # exec: the shell would get the signal to stop as well, and die of it.
-    return f"exec python -P -m longspan.cluster.driver {shlex.join(words)}"
+    return driver_command(
+        "driver", order.run_id, order.run_dir, order.name,
+        recipe=f"{_MOUNT}/{_RECIPE}",
+        device="gpu" if order.gpus else "cpu", ranks=order.ranks, slots=slots,
+        secrets=order.secrets, interface=order.interface,
+    )  # fmt: skip
 
 
 def _head(order: Order, image: str, claim: str, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from ...errors import RunError
 from ...redact import HIDDEN_NAMES
-from ..submission import ENDING_S
+from ..command import ENDING_S
 from .order import Order
 
 _END = "END_OF_FILE"
